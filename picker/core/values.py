@@ -1,0 +1,185 @@
+"""The values that travel between the doors, the brain and the sources.
+
+Everything here is immutable and serialisable with msgspec, so that a door may one day live in another process. Times
+are seconds on one monotonic clock which the caller owns. No behaviour beyond what is derived from the fields
+themselves.
+"""
+
+from __future__ import annotations
+
+import enum
+from array import array
+from collections.abc import Mapping
+
+import msgspec
+
+
+class Role(enum.StrEnum):
+    """What a model server does with a request."""
+
+    BOTH = "both"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    ENCODE = "encode"
+
+
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """One model server that can be addressed: a pod's port, a host, a data-parallel rank.
+
+    `id` is unique and stable over restarts of Waypost; `address` is `ip:port` (IPv6 in brackets) as Envoy wants it,
+    empty while a host name is not resolved; `url` has scheme, host and port and no path. `credentials` names an entry
+    of the configuration, never a secret.
+    """
+
+    id: str
+    url: str
+    address: str = ""
+    role: Role = Role.BOTH
+    engine: str = "auto"
+    group: str = ""
+    credentials: str = ""
+    models: frozenset[str] = frozenset()
+    metrics_url: str = ""
+    labels: Mapping[str, str] = {}
+
+
+class Lora(msgspec.Struct, frozen=True):
+    """LoRA adapters as an engine reports them; `slots` is how many fit on the accelerator at once."""
+
+    running: frozenset[str] = frozenset()
+    waiting: frozenset[str] = frozenset()
+    slots: int = 0
+
+
+class Signals(msgspec.Struct, frozen=True, kw_only=True):
+    """What one scrape of one engine said. None means the engine does not tell, which is not the same as zero.
+
+    `at` is the time the scrape was sent: what was dispatched later cannot be in it. `progress_tokens` is the sum of
+    the engine's prompt and generation token counters; it moves exactly when the engine works.
+    """
+
+    at: float
+    waiting: float | None = None
+    running: float | None = None
+    kv_usage: float | None = None
+    block_tokens: int | None = None
+    blocks: int | None = None
+    lora: Lora | None = None
+    progress_tokens: float | None = None
+
+
+class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One request as the scheduler sees it. Holds no prompt text.
+
+    `key` is unique in this process and keys the ledger; `id` is the `x-request-id` people see, which clients may
+    repeat. `target_model` is the name the engines see after a rewrite. `subset` holds `ip:port` or bare `ip` entries
+    the proxy restricted us to; None is no restriction, empty is nobody. `pinned` is the one endpoint that may serve
+    (it holds the state asked for). `tried` endpoints failed this request already. `strict_model` refuses a model
+    nobody serves (the gateway door); without it such a request goes anywhere, and the engine answers. `sees_body` is
+    false where the door does not see the response body, so that silence there proves nothing.
+    """
+
+    key: int
+    id: str
+    received_at: float
+    path: str = ""
+    model: str | None = None
+    target_model: str | None = None
+    stream: bool = False
+    prompt_tokens: int = 0
+    max_output_tokens: int | None = None
+    session: str | None = None
+    subset: frozenset[str] | None = None
+    pinned: str | None = None
+    tried: frozenset[str] = frozenset()
+    strict_model: bool = False
+    sees_body: bool = True
+
+    @property
+    def expected_tokens(self) -> int:
+        """Tokens this request is expected to hold at its end: prompt plus output, 256 when the client set no limit (a
+        typical chat answer).
+        """
+        return self.prompt_tokens + (256 if self.max_output_tokens is None else min(self.max_output_tokens, 4096))
+
+
+class Standing(enum.StrEnum):
+    """Whether an endpoint may get traffic: READY first, DEGRADED only when nobody is ready, OUT never."""
+
+    READY = "ready"
+    DEGRADED = "degraded"
+    OUT = "out"
+
+
+class EndpointState(msgspec.Struct, frozen=True, kw_only=True):
+    """One endpoint at one instant: a row of the snapshot.
+
+    `waiting` and `running` are the engine's last figures corrected by what we dispatched and saw finish since; None
+    when the engine tells nothing fresh. `in_flight` and `in_flight_tokens` are our own exact counts. `models` is what
+    the engine serves, None when unknown.
+    """
+
+    endpoint: Endpoint
+    standing: Standing = Standing.READY
+    standing_reason: str = ""
+    signals: Signals | None = None
+    models: frozenset[str] | None = None
+    waiting: float | None = None
+    running: float | None = None
+    in_flight: int = 0
+    in_flight_tokens: int = 0
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """All endpoints at one instant. Cheap to take: rows are shared with the snapshots before and after."""
+
+    now: float
+    states: tuple[EndpointState, ...]
+
+
+class ScoreTable(msgspec.Struct, frozen=True):
+    """Every number behind a decision, in columns aligned with `endpoints`.
+
+    `reasons[i]` is empty when endpoint i took part in scoring, otherwise `filter: why`. In `scores` and `totals` NaN
+    means no data (or filtered). Above the bound of rows the best are kept and `omitted` counts the others by reason.
+    """
+
+    endpoints: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
+    scores: Mapping[str, array[float]] = {}
+    weights: Mapping[str, float] = {}
+    totals: array[float] = array("d")
+    omitted: Mapping[str, int] = {}
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a request goes, who would have been next, and why."""
+
+    request: InferenceRequest
+    endpoint: Endpoint
+    alternates: tuple[Endpoint, ...] = ()
+    profile: str = ""
+    table: ScoreTable = ScoreTable()
+    decided_at: float = 0.0
+
+
+class RejectionCode(enum.StrEnum):
+    """Why nobody was chosen; the doors map these to statuses (`picker.openai.errors`)."""
+
+    NO_ENDPOINTS = "no_endpoints"
+    NO_READY_ENDPOINTS = "no_ready_endpoints"
+    SUBSET_EMPTY = "subset_empty"
+    MODEL_NOT_FOUND = "model_not_found"
+    SATURATED = "saturated"
+    RESPONSE_GONE = "response_gone"
+    SHUTTING_DOWN = "shutting_down"
+
+
+class Rejection(msgspec.Struct, frozen=True, kw_only=True):
+    """Nobody was chosen: an expected refusal, so a value."""
+
+    request: InferenceRequest
+    code: RejectionCode
+    message: str
+    table: ScoreTable = ScoreTable()
+    decided_at: float = 0.0
