@@ -1,0 +1,1 @@
+"""Benchmarks: what a request costs, measured against doing without. Not shipped."""
