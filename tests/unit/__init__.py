@@ -1,0 +1,1 @@
+"""Pure tests, one directory per room."""
