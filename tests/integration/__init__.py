@@ -1,0 +1,1 @@
+"""Real sockets: simulated engines, the real Envoy, the real openai SDK."""
