@@ -14,10 +14,10 @@ import msgspec
 from picker.core.events import FailureKind
 from picker.core.health import EndpointHealth, HealthLimits
 from picker.core.ledger import Deadlines, Eviction, Flight, Ledger
+from picker.core.pace import Pace
 from picker.core.updates import (
     Alive,
     ModelsListed,
-    ProbeFailure,
     Remove,
     Replace,
     Scraped,
@@ -27,18 +27,6 @@ from picker.core.updates import (
     Upsert,
 )
 from picker.core.values import Endpoint, EndpointState, InferenceRequest, Signals, Snapshot, Standing
-
-# Expected time to the first byte before anything was observed: fixed part, and prefill at a modest 4,000 tokens a
-# second. Only prompts of some length tell the prefill rate; what is learnt stays within what accelerators do (1,000
-# to 50,000 tokens a second).
-FIRST_BYTE_PRIOR_S = 0.3
-PREFILL_PRIOR_S_PER_TOKEN = 1 / 4000
-PREFILL_S_PER_TOKEN_MIN = 1 / 50_000
-PREFILL_S_PER_TOKEN_MAX = 1 / 1000
-TELLING_PROMPT_TOKENS = 1024
-# Without token counters a non-streaming answer is silent until its end, and nothing tells a long answer from a hung
-# engine.
-SILENT_ANSWER_S = 30.0
 
 
 class Freshness(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,14 +58,12 @@ class _Record:
     __slots__ = (
         "counter_at",
         "endpoint",
-        "first_byte_s",
         "health",
         "models",
         "models_at",
-        "prefill_s_per_token",
+        "pace",
         "row",
         "signals",
-        "silent_s",
         "source",
         "standing",
     )
@@ -90,9 +76,7 @@ class _Record:
         self.models: frozenset[str] | None = None
         self.models_at = 0.0
         self.counter_at = 0.0
-        self.first_byte_s = 0.0
-        self.prefill_s_per_token = PREFILL_PRIOR_S_PER_TOKEN
-        self.silent_s = 0.0
+        self.pace = Pace()
         self.row: EndpointState | None = None
         self.standing = Standing.READY
 
@@ -108,6 +92,8 @@ class Datastore:
         self._by_address: dict[str, str] = {}
         self._rows: tuple[EndpointState, ...] | None = None
         self._synced: set[str] = set()
+        # Endpoints that left while requests were on them, until those have ended.
+        self._departed: dict[str, Endpoint] = {}
         self.ledger = Ledger()
         self.version = 0
 
@@ -135,18 +121,22 @@ class Datastore:
                 self._synced.add(source)
             case Upsert(source, endpoint):
                 self._upsert(source, endpoint)
-            case Remove(_, endpoint_id):
-                self._remove(endpoint_id)
+            case Remove(source, endpoint_id):
+                record = self._records.get(endpoint_id)
+                if record is not None and record.source == source:
+                    self._remove(endpoint_id)
 
     def _upsert(self, source: str, endpoint: Endpoint) -> None:
         record = self._records.get(endpoint.id)
-        if record is None:
-            record = self._records[endpoint.id] = _Record(endpoint, source, self._health)
-        elif record.endpoint == endpoint:
+        if record is not None and record.endpoint == endpoint:
             return
-        elif record.endpoint.url != endpoint.url or record.endpoint.address != endpoint.address:
-            # Another address is another process: what was learnt about the old one does not hold.
+        before = record.endpoint if record is not None else self._departed.pop(endpoint.id, None)
+        moved = before is not None and not _same_process(before, endpoint)
+        if moved:
+            self.ledger.detach(endpoint.id)
+        if record is not None:
             self._unindex(record)
+        if record is None or moved:
             record = self._records[endpoint.id] = _Record(endpoint, source, self._health)
         record.endpoint = endpoint
         record.source = source
@@ -164,6 +154,8 @@ class Datastore:
         if record is not None:
             self._unindex(record)
             self.ledger.forget(endpoint_id)
+            if self.ledger.in_flight(endpoint_id):
+                self._departed[endpoint_id] = record.endpoint
             self.version += 1
             self._rows = None
 
@@ -172,13 +164,18 @@ class Datastore:
             case Scraped(endpoint_id, signals):
                 self._note_counter(record, signals)
                 record.signals = signals
-                record.health.scraped()
+                if _metrics_elsewhere(record.endpoint):
+                    record.health.metrics_scraped()
+                else:
+                    record.health.scraped()
                 self.ledger.load(endpoint_id).scraped(signals.at)
                 if signals.waiting is not None and signals.running is not None:
-                    self.ledger.release_departed(endpoint_id, signals.waiting + signals.running, signals.at, signals.at)
+                    self.ledger.release_departed(endpoint_id, signals.waiting + signals.running, signals.at)
             case ScrapeFailed(_, _, _, kind):
-                # Metrics on another port than the API say nothing about whether requests get through.
-                record.health.scrape_failed(ProbeFailure.HTTP if record.endpoint.metrics_url else kind)
+                if _metrics_elsewhere(record.endpoint):
+                    record.health.metrics_failed()
+                else:
+                    record.health.scrape_failed(kind)
             case Alive():
                 record.health.scraped()
             case ModelsListed(_, at, models):
@@ -199,6 +196,8 @@ class Datastore:
 
     def reserve(self, request: InferenceRequest, endpoint_id: str, now: float) -> None:
         """Counts a request on the endpoint chosen for it."""
+        if self.ledger.flight(request.key) is not None:
+            self.ended(request.key, now)
         self.ledger.reserve(request, endpoint_id, now)
         record = self._records.get(endpoint_id)
         if record is not None:
@@ -215,22 +214,15 @@ class Datastore:
         record = self._records.get(flight.endpoint_id)
         if record is None:
             return
-        if first:
-            self._learn_first_byte(record, flight, now)
+        if not flight.telling and self._has_counters(record, now):
+            record.health.answered()
+        elif first:
             record.health.succeeded()
-            self._touch(record)
         else:
             record.health.progressed()
-
-    def _learn_first_byte(self, record: _Record, flight: Flight, now: float) -> None:
-        took_s = now - flight.reserved_at
-        if not flight.request.stream:
-            record.silent_s = _smoothed(record.silent_s, took_s)
-            return
-        record.first_byte_s = _smoothed(record.first_byte_s, took_s)
-        if flight.request.prompt_tokens >= TELLING_PROMPT_TOKENS:
-            rate = min(max(took_s / flight.request.prompt_tokens, PREFILL_S_PER_TOKEN_MIN), PREFILL_S_PER_TOKEN_MAX)
-            record.prefill_s_per_token = _smoothed(record.prefill_s_per_token, rate)
+        if first:
+            record.pace.learn(flight, now)
+            self._touch(record)
 
     def failed(self, key: int, kind: FailureKind, now: float) -> Flight | None:
         """An attempt failed before its first byte: releases it and blames the endpoint."""
@@ -241,10 +233,25 @@ class Datastore:
             self._touch(record)
         return flight
 
-    def ended(self, key: int, now: float) -> Flight | None:
-        """A request is over, however: releases it. None when it was released before."""
+    def ended(self, key: int, now: float, *, worked: bool = False) -> Flight | None:
+        """A request is over, however: releases it. `worked` says the endpoint answered it well. None when it was
+        released before.
+        """
         flight = self.ledger.release(key, now)
         record = self._records.get(flight.endpoint_id) if flight is not None else None
+        if record is not None:
+            if worked:
+                record.health.succeeded()
+            record.health.ended(key, now)
+            self._touch(record)
+        return flight
+
+    def left(self, key: int, now: float) -> Flight | None:
+        """The door stops watching a request: scrapes will tell its end. As a trial it proves nothing any more."""
+        flight = self.ledger.flight(key)
+        record = self._records.get(flight.endpoint_id) if flight is not None else None
+        if flight is not None:
+            flight.left = True
         if record is not None:
             record.health.ended(key, now)
             self._touch(record)
@@ -284,7 +291,7 @@ class Datastore:
 
     def in_flight(self, endpoint_id: str) -> int:
         """How many of our requests are on the endpoint."""
-        return len(self.ledger.load(endpoint_id).flights)
+        return self.ledger.in_flight(endpoint_id)
 
     def models(self) -> Iterator[tuple[str, frozenset[str] | None]]:
         """Endpoint id and the models it serves, None when unknown."""
@@ -294,7 +301,7 @@ class Datastore:
         """All rows as of now. Costs a row per endpoint that changed since the last call."""
         rows = self._rows
         if rows is None:
-            rows = self._rows = tuple(record.row or self._build(record, now) for record in self._records.values())
+            rows = self._rows = tuple([record.row or self._build(record, now) for record in self._records.values()])
         return Snapshot(now, rows)
 
     def _touch(self, record: _Record) -> None:
@@ -306,9 +313,7 @@ class Datastore:
 
     def _build(self, record: _Record, now: float) -> EndpointState:
         load = self.ledger.load(record.endpoint.id)
-        signals = record.signals
-        if signals is not None and now - signals.at > self._freshness.signals_s:
-            signals = None
+        signals = self._fresh_signals(record, now)
         models = self._models(record)
         if not record.endpoint.models and now - record.models_at > self._freshness.models_s:
             models = None
@@ -332,52 +337,66 @@ class Datastore:
     def tick(self, now: float) -> Ticked:
         """To be called every 100 to 250 ms: ages signals, finds hung engines and overdue requests.
 
-        The requests returned still hold their reservations; the door that gives one up says so with an event.
+        The requests returned still hold their reservations; the door that gives one up says so with an event. One
+        that nobody gives up is returned again after a while.
         """
         evictions = dict(self.ledger.overdue(now, self._deadlines))
         changes: list[StandingChange] = []
         for name, record in self._records.items():
+            health = record.health
             if self._is_hung(record, now):
-                record.health.eject("hung", now)
-            standing, reason = record.health.standing(now)
+                health.eject("hung", now)
+            standing, reason = health.standing(now)
             if standing is not record.standing:
                 changes.append(StandingChange(name, record.standing, standing, reason))
                 record.standing = standing
-            if record.health.hung and standing is Standing.OUT:
+            if health.hung and standing is Standing.OUT:
                 for key, flight in self.ledger.load(name).flights.items():
-                    if flight.first_byte_at is None and not flight.left:
+                    if flight.first_byte_at is None and not flight.left and key != health.trial:
                         evictions.setdefault(key, Eviction.HUNG)
-            self._touch(record)
-        return Ticked(tuple(evictions.items()), tuple(changes))
+            if self._is_outdated(record, standing, reason, now):
+                self._touch(record)
+        self._departed = {name: gone for name, gone in self._departed.items() if self.ledger.in_flight(name)}
+        news = tuple((key, why) for key, why in evictions.items() if self.ledger.evict(key, now))
+        return Ticked(news, tuple(changes))
+
+    def _is_outdated(self, record: _Record, standing: Standing, reason: str, now: float) -> bool:
+        """Whether time alone made the endpoint's row wrong."""
+        row = record.row
+        if row is None:
+            return False
+        if row.standing is not standing or row.standing_reason != reason:
+            return True
+        if row.signals is not None and now - row.signals.at > self._freshness.signals_s:
+            return True
+        learnt_models = row.models is not None and not record.endpoint.models
+        return learnt_models and now - record.models_at > self._freshness.models_s
+
+    def _fresh_signals(self, record: _Record, now: float) -> Signals | None:
+        signals = record.signals
+        return signals if signals is not None and now - signals.at <= self._freshness.signals_s else None
+
+    def _has_counters(self, record: _Record, now: float) -> bool:
+        signals = self._fresh_signals(record, now)
+        return signals is not None and signals.progress_tokens is not None
 
     def _is_hung(self, record: _Record, now: float) -> bool:
-        """Our own requests are there, no data chunk came and no token counter moved, for longer than the work explains.
-
-        A frozen engine looks like the best pod: its front end answers probes, its gauges say 0. Only the absence of
-        progress tells.
-        """
         load = self.ledger.load(record.endpoint.id)
-        signals = record.signals
-        fresh = signals is not None and now - signals.at <= self._freshness.signals_s
-        counters = fresh and signals is not None and signals.progress_tokens is not None
-        waiting_on = [
-            flight
-            for flight in load.flights.values()
-            if not flight.left and (counters or flight.first_byte_at is None or flight.request.sees_body)
-        ]
-        if not waiting_on:
+        if not load.flights:
             return False
-        silent_since = max(load.busy_since, load.progress_at, record.counter_at if counters else 0.0)
-        expected_s = FIRST_BYTE_PRIOR_S + load.unstarted_tokens * record.prefill_s_per_token
-        if counters or any(flight.request.stream for flight in waiting_on):
-            expected_s = max(expected_s, record.first_byte_s)
-        else:
-            expected_s = max(SILENT_ANSWER_S, record.silent_s)
-        return now - silent_since > max(self._health.hung_after_s, 4 * expected_s)
+        counter_at = record.counter_at if self._has_counters(record, now) else None
+        return record.pace.is_hung(load, now, counter_at=counter_at, hung_after_s=self._health.hung_after_s)
 
 
-def _smoothed(mean: float, sample: float) -> float:
-    return sample if not mean else 0.8 * mean + 0.2 * sample
+def _same_process(before: Endpoint, after: Endpoint) -> bool:
+    """Whether what was learnt about an endpoint still holds. A host name that was not resolved has no address yet."""
+    known = before.address and after.address
+    return before.url == after.url and (not known or before.address == after.address)
+
+
+def _metrics_elsewhere(endpoint: Endpoint) -> bool:
+    """Metrics on another port than the API say nothing about whether requests get through."""
+    return bool(endpoint.metrics_url) and not endpoint.metrics_url.startswith(f"{endpoint.url}/")
 
 
 def _estimate(signals: Signals | None, correction: int, in_flight: int) -> tuple[float | None, float | None]:
@@ -391,6 +410,8 @@ def _estimate(signals: Signals | None, correction: int, in_flight: int) -> tuple
     waiting, running = signals.waiting or 0.0, signals.running or 0.0
     change = max(float(correction), in_flight - waiting - running)
     if change >= 0:
-        return (waiting + change, running) if waiting > 0 else (waiting, running + change)
-    from_queue = min(waiting, -change)
-    return waiting - from_queue, max(0.0, running + change + from_queue)
+        waiting, running = (waiting + change, running) if waiting > 0 else (waiting, running + change)
+    else:
+        from_queue = min(waiting, -change)
+        waiting, running = waiting - from_queue, max(0.0, running + change + from_queue)
+    return None if signals.waiting is None else waiting, None if signals.running is None else running

@@ -187,7 +187,8 @@ BUILTIN: Mapping[str, Callable[..., Filter]] = {
 }
 
 # What no policy may switch off: breaking one of these sends a request where it cannot be served.
-ALWAYS: tuple[str, ...] = ("pinned", "subset", "role", "model", "health", "tried")
+# Tried comes before health, so that after a failure of the only ready endpoint a degraded one gets its chance.
+ALWAYS: tuple[str, ...] = ("pinned", "subset", "role", "model", "tried", "health")
 
 
 def build(name: str, params: Mapping[str, Any] | None = None) -> Filter:

@@ -1,9 +1,9 @@
 """Whether one endpoint deserves traffic: a pure state machine over what scrapes and requests showed.
 
-Three causes are kept apart. *Unreachable*: probes or connects fail, cured by any sign of life. *Ejected*: too many
-failed requests in a row, or a hung engine; cured by time through one trial request, or by progress. *Degraded*: the
-front end lives but its metrics fail, or it just said it is overloaded. It does not decide who gets traffic: the
-`health` filter does.
+Three causes are kept apart. *Unreachable*: probes fail, or a connect did; cured by any sign of life, and a failed
+connect also by time. *Ejected*: too many failed requests in a row, or a hung engine; cured by time through one trial
+request, or by progress. *Degraded*: the front end lives but its metrics fail, or it just said it is overloaded. It does
+not decide who gets traffic: the `health` filter does.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class EndpointHealth:
         self._timeouts = 0
         self._front_end_failures = 0
         self._unreachable = ""
+        self._no_connect_until = 0.0
         self._failures = 0
         self._ejected = ""
         self._ejected_until = 0.0
@@ -55,10 +56,17 @@ class EndpointHealth:
         """Whether the last ejection was for a hung engine and still stands."""
         return self._ejected == "hung"
 
+    @property
+    def trial(self) -> int | None:
+        """The key of the one request that tests an endpoint after its ejection."""
+        return self._trial
+
     def standing(self, now: float) -> tuple[Standing, str]:
         """The standing and, when it is not READY, the reason in a few words."""
         if self._unreachable:
             return Standing.OUT, self._unreachable
+        if now < self._no_connect_until:
+            return Standing.OUT, "unreachable: connect failed"
         if self._ejected and (now < self._ejected_until or self._trial is not None):
             return (Standing.OUT if self.hung else Standing.DEGRADED), self._ejected
         if now < self._overloaded_until:
@@ -72,11 +80,12 @@ class EndpointHealth:
         self._refused = 0
         self._timeouts = 0
         self._unreachable = ""
+        self._no_connect_until = 0.0
 
     def scraped(self) -> None:
         """A scrape brought usable signals."""
         self.alive()
-        self._front_end_failures = 0
+        self.metrics_scraped()
 
     def scrape_failed(self, kind: ProbeFailure) -> None:
         """A scrape brought nothing usable."""
@@ -90,12 +99,27 @@ class EndpointHealth:
                 self._unreachable = "unreachable: no answer to probes"
         else:
             self.alive()
-            self._front_end_failures += 1
+            self.metrics_failed()
+
+    def metrics_scraped(self) -> None:
+        """Metrics came, perhaps from another port than the API's: that alone is no sign of life."""
+        self._front_end_failures = 0
+
+    def metrics_failed(self) -> None:
+        """Metrics did not come, perhaps from another port than the API's: that alone does not make it unreachable."""
+        self._front_end_failures += 1
 
     def dispatched(self, key: int, now: float) -> None:
         """A request was sent here. After an ejection ran out this is the trial, and the only one until it ends."""
         if self._ejected and now >= self._ejected_until and self._trial is None:
             self._trial = key
+
+    def answered(self) -> None:
+        """The headers of an answer came: no failed request, but no proof that the engine behind works."""
+        if self.hung:
+            self.alive()
+        else:
+            self.succeeded()
 
     def succeeded(self) -> None:
         """A request, trial or not, brought response bytes of a kind that shows a working engine."""
@@ -120,7 +144,8 @@ class EndpointHealth:
             self.ended(key, now)
             return
         if kind is FailureKind.CONNECT:
-            self._unreachable = "unreachable: connect failed"
+            # Where probes go elsewhere, or nowhere, only time and the next request can tell whether it is back.
+            self._no_connect_until = now + self._limits.breaker_open_s
         if kind is FailureKind.HUNG:
             self.eject("hung", now)
             return
@@ -131,8 +156,11 @@ class EndpointHealth:
             self._eject(f"{self._failures} failed requests in a row", now)
 
     def eject(self, reason: str, now: float) -> None:
-        """Takes the endpoint out. Ejecting again while it is out changes nothing; a failed trial doubles the time."""
-        if self._ejected and self._trial is None and now < self._ejected_until:
+        """Takes the endpoint out. Ejecting again while it is out changes nothing, except that hung weighs more than
+        failed requests; a failed trial doubles the time.
+        """
+        stands = self._ejected and self._trial is None and now < self._ejected_until
+        if stands and (self.hung or reason != "hung"):
             return
         self._eject(reason, now)
 

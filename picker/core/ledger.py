@@ -18,6 +18,10 @@ from picker.core.values import InferenceRequest
 # Corrections remembered per endpoint between two scrapes. At 10,000 requests a second and a scrape every 200 ms there
 # are 4,000.
 CORRECTIONS_MAX = 8192
+# A door that was told to give a request up is told again only after this long.
+EVICT_AGAIN_S = 5.0
+# Where the flights of an earlier process of an endpoint are kept until their ends are seen. No endpoint has this id.
+DETACHED = ""
 
 
 class Eviction(enum.StrEnum):
@@ -47,30 +51,44 @@ class Flight(msgspec.Struct):
     progress_at: float
     first_byte_at: float | None = None
     left: bool = False
+    evicted_at: float | None = None
+
+    @property
+    def telling(self) -> bool:
+        """Whether its first byte proves a working engine. The headers of a stream do not: a front end sends them
+        while its engine is frozen.
+        """
+        return self.request.sees_body or not self.request.stream
 
 
 class Load:
-    """What one endpoint carries for us. `correction` is dispatched minus finished since the last scrape was sent."""
+    """What one endpoint carries for us. `correction` is dispatched minus finished since the last scrape was sent.
 
-    __slots__ = ("_since", "busy_since", "correction", "flights", "progress_at", "tokens", "unstarted_tokens")
+    `progress_at` is when bytes last arrived, `proof_at` when they last proved a working engine. `gone` marks the books
+    of an endpoint that left while requests were on it.
+    """
+
+    __slots__ = ("_scraped_at", "_since", "correction", "flights", "gone", "progress_at", "proof_at", "tokens")
 
     def __init__(self) -> None:
         self.flights: dict[int, Flight] = {}
         self.tokens = 0
-        self.unstarted_tokens = 0
-        self.busy_since = 0.0
         self.progress_at = 0.0
+        self.proof_at = 0.0
         self.correction = 0
+        self.gone = False
+        self._scraped_at = 0.0
         self._since: deque[tuple[float, int]] = deque()
 
     def record(self, at: float, change: int) -> None:
         """Notes a dispatch (+1) or an end (-1) for the correction of the next estimate."""
-        if len(self._since) < CORRECTIONS_MAX:
+        if at >= self._scraped_at and len(self._since) < CORRECTIONS_MAX:
             self._since.append((at, change))
             self.correction += change
 
     def scraped(self, sent_at: float) -> None:
         """Forgets what the scrape sent at `sent_at` already counted."""
+        self._scraped_at = sent_at
         since = self._since
         while since and since[0][0] <= sent_at:
             self.correction -= since.popleft()[1]
@@ -99,10 +117,32 @@ class Ledger:
             load = self._loads[endpoint_id] = Load()
         return load
 
-    def forget(self, endpoint_id: str) -> None:
-        """Drops the books of an endpoint that is gone and idle. One with flights stays until they end."""
+    def in_flight(self, endpoint_id: str) -> int:
+        """How many flights are on the endpoint."""
         load = self._loads.get(endpoint_id)
-        if load is not None and not load.flights:
+        return len(load.flights) if load is not None else 0
+
+    def forget(self, endpoint_id: str) -> None:
+        """Drops the books of an endpoint that is gone: now if it is idle, otherwise when its flights have ended."""
+        load = self._loads.get(endpoint_id)
+        if load is not None:
+            load.gone = True
+            self._drop_idle(endpoint_id, load)
+
+    def detach(self, endpoint_id: str) -> None:
+        """Another process took the endpoint's name: the flights on the old one no longer count on it."""
+        old = self._loads.pop(endpoint_id, None)
+        if old is None or not old.flights:
+            return
+        load = self.load(DETACHED)
+        load.gone = True
+        load.flights |= old.flights
+        load.tokens += old.tokens
+        for flight in old.flights.values():
+            flight.endpoint_id = DETACHED
+
+    def _drop_idle(self, endpoint_id: str, load: Load) -> None:
+        if load.gone and not load.flights:
             del self._loads[endpoint_id]
 
     def flight(self, key: int) -> Flight | None:
@@ -118,11 +158,9 @@ class Ledger:
         self.release(request.key, now)
         flight = Flight(request, endpoint_id, request.expected_tokens, now, now)
         load = self.load(endpoint_id)
-        if not load.flights:
-            load.busy_since = now
+        load.gone = False
         load.flights[request.key] = flight
         load.tokens += flight.tokens
-        load.unstarted_tokens += request.prompt_tokens
         load.record(now, 1)
         self._flights[request.key] = flight
 
@@ -134,29 +172,42 @@ class Ledger:
         load = self._loads[flight.endpoint_id]
         if flight.first_byte_at is None:
             flight.first_byte_at = now
-            load.unstarted_tokens -= flight.request.prompt_tokens
         flight.progress_at = now
         load.progress_at = now
+        if flight.telling:
+            load.proof_at = now
         return flight
 
     def release(self, key: int, now: float) -> Flight | None:
         """Ends a flight. Idempotent: None when there is nothing (any more) to release."""
-        flight = self._flights.pop(key, None)
+        flight = self._flights.get(key)
         if flight is None:
             return None
+        self._loads[flight.endpoint_id].record(now, -1)
+        self._end(flight)
+        return flight
+
+    def _end(self, flight: Flight) -> None:
+        key = flight.request.key
+        del self._flights[key]
         load = self._loads[flight.endpoint_id]
         del load.flights[key]
         load.tokens -= flight.tokens
-        if flight.first_byte_at is None:
-            load.unstarted_tokens -= flight.request.prompt_tokens
-        load.record(now, -1)
-        return flight
+        self._drop_idle(flight.endpoint_id, load)
 
-    def release_departed(self, endpoint_id: str, engine_total: float, sent_at: float, now: float) -> None:
+    def evict(self, key: int, now: float) -> bool:
+        """Notes that a request is given up. False when that was said less than EVICT_AGAIN_S ago."""
+        flight = self._flights.get(key)
+        if flight is None or (flight.evicted_at is not None and now - flight.evicted_at < EVICT_AGAIN_S):
+            return False
+        flight.evicted_at = now
+        return True
+
+    def release_departed(self, endpoint_id: str, engine_total: float, sent_at: float) -> None:
         """Releases flights whose end no door sees (`left`), oldest first, as far as the engine shows they ended.
 
         `engine_total` is waiting + running of a scrape sent at `sent_at`. Flights reserved after that are not in it
-        and stay.
+        and stay. The ends are in that scrape, so they correct nothing.
         """
         load = self._loads.get(endpoint_id)
         if load is None:
@@ -165,7 +216,7 @@ class Ledger:
         departed = [flight for flight in seen if flight.left]
         surplus = len(seen) - int(engine_total)
         for flight in departed[: max(0, surplus)]:
-            self.release(flight.request.key, now)
+            self._end(flight)
 
     def overdue(self, now: float, limits: Deadlines) -> list[tuple[int, Eviction]]:
         """Requests that passed one of their deadlines. Where the door does not see the body, silence after the
@@ -173,7 +224,7 @@ class Ledger:
         """
         late: list[tuple[int, Eviction]] = []
         for key, flight in self._flights.items():
-            if now - flight.reserved_at > limits.total_s:
+            if now - flight.request.received_at > limits.total_s:
                 late.append((key, Eviction.TOTAL_TIMEOUT))
             elif flight.left:
                 continue

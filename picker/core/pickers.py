@@ -5,8 +5,8 @@ Only the head of the order matters: the choice, and the few alternates a failed 
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Mapping, Sequence
+from math import inf, log1p
 from typing import Any
 
 from picker.core.plugins import Picker, Rng
@@ -19,6 +19,10 @@ RANKED_MAX = 8
 TIE = 1e-9
 
 
+def _largest(keys: Sequence[float]) -> list[int]:
+    return sorted(range(len(keys)), key=keys.__getitem__, reverse=True)[:RANKED_MAX]
+
+
 class MaxScorePicker:
     """The highest total; ties are broken at random, so that equals share the load."""
 
@@ -29,13 +33,12 @@ class MaxScorePicker:
         best = max(totals)
         ties = [index for index, total in enumerate(totals) if total >= best - TIE]
         first = ties[int(rng.random() * len(ties))] if len(ties) > 1 else ties[0]
-        rest = heapq.nlargest(RANKED_MAX, range(len(totals)), key=totals.__getitem__)
-        return [first, *(index for index in rest if index != first)][:RANKED_MAX]
+        return [first, *(index for index in _largest(totals) if index != first)][:RANKED_MAX]
 
 
 class WeightedRandomPicker:
     """Chances in proportion to the totals, by Efraimidis and Spirakis's keys `u ** (1/w)` (Information Processing
-    Letters, 2006).
+    Letters, 2006), as logarithms: the powers of small weights would all be 0.
     """
 
     name = "weighted-random"
@@ -44,8 +47,7 @@ class WeightedRandomPicker:
         """A weighted shuffle; with no positive total, a uniform one."""
         if max(totals) <= 0:
             return RandomPicker().rank(states, totals, rng)
-        keys = [rng.random() ** (1.0 / total) if total > 0 else -1.0 for total in totals]
-        return heapq.nlargest(RANKED_MAX, range(len(keys)), key=keys.__getitem__)
+        return _largest([log1p(-rng.random()) / total if total > 0 else -inf for total in totals])
 
 
 class RandomPicker:
@@ -55,8 +57,7 @@ class RandomPicker:
 
     def rank(self, states: Sequence[EndpointState], totals: Sequence[float], rng: Rng) -> Sequence[int]:
         """A uniform shuffle."""
-        keys = [rng.random() for _ in states]
-        return heapq.nlargest(RANKED_MAX, range(len(keys)), key=keys.__getitem__)
+        return _largest([rng.random() for _ in states])
 
 
 class RoundRobinPicker:

@@ -5,7 +5,6 @@ Step 5 of the request path. It reserves nothing: the director does, right after,
 
 from __future__ import annotations
 
-import heapq
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -51,6 +50,7 @@ class Scheduler:
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
+        self._weights = {scorer.name: weight for scorer, weight in profile.scorers}
 
     def schedule(self, request: InferenceRequest, snapshot: Snapshot, now: float, rng: Rng) -> Decision | Rejection:
         """Chooses an endpoint. A Rejection says which filter left nobody, and the table says why for each endpoint."""
@@ -81,9 +81,11 @@ class Scheduler:
             verdicts = plugin.reject(request, states)
             if not any(verdicts):
                 continue
+            # One text per verdict, not per endpoint: a thousand remembered tables hold them.
+            texts = {verdict: f"{plugin.name}: {verdict}" for verdict in set(verdicts) if verdict}
             for index, verdict in zip(indices, verdicts, strict=True):
                 if verdict:
-                    reasons[index] = f"{plugin.name}: {verdict}"
+                    reasons[index] = texts[verdict]
             indices = [index for index, verdict in zip(indices, verdicts, strict=True) if not verdict]
             if not indices:
                 return indices, plugin.refusal
@@ -99,18 +101,17 @@ class Scheduler:
         for scorer, weight in self.profile.scorers:
             scores = scorer.score(request, states)
             known = [score for score in scores if score is not None]
-            columns[scorer.name] = [nan if score is None else score for score in scores]
-            if not known:
-                continue
-            if len(known) == len(scores):
-                totals = [total + weight * score for total, score in zip(totals, known, strict=True)]
-            else:
+            filled = known
+            if len(known) < len(scores):
+                columns[scorer.name] = [nan if score is None else score for score in scores]
+                if not known:
+                    continue
                 # No data is neither good nor bad: it counts as the mean of those who told.
                 mean = sum(known) / len(known)
-                totals = [
-                    total + weight * (mean if score is None else score)
-                    for total, score in zip(totals, scores, strict=True)
-                ]
+                filled = [mean if score is None else score for score in scores]
+            else:
+                columns[scorer.name] = known
+            totals = [total + weight * score for total, score in zip(totals, filled, strict=True)]
         return columns, totals
 
     def _table(
@@ -122,25 +123,25 @@ class Scheduler:
         totals: Sequence[float],
     ) -> ScoreTable:
         """The score table over all endpoints, or over the best ones when there are too many."""
-        weights = {scorer.name: weight for scorer, weight in self.profile.scorers}
-        positions = {index: position for position, index in enumerate(indices)}
         rows: Sequence[int] = range(len(reasons))
         omitted: Counter[str] = Counter()
         if len(reasons) > ROWS_MAX:
-            best = heapq.nlargest(ROWS_KEPT, range(len(indices)), key=totals.__getitem__)
+            best = sorted(range(len(indices)), key=totals.__getitem__, reverse=True)[:ROWS_KEPT]
             rows = [indices[position] for position in best]
-            kept = frozenset(rows)
-            omitted = Counter(reasons[index] or "lower total" for index in range(len(reasons)) if index not in kept)
-        at = [positions.get(row, -1) for row in rows]
+            omitted = Counter(reasons)
+            omitted["lower total"] = omitted.pop("", 0) - len(rows)
+            omitted = +omitted
+            columns = {name: [column[position] for position in best] for name, column in columns.items()}
+            totals = [totals[position] for position in best]
+        elif len(indices) < len(reasons):
+            columns = {name: _spread(column, indices, len(reasons)) for name, column in columns.items()}
+            totals = _spread(totals, indices, len(reasons))
         return ScoreTable(
-            endpoints=tuple(snapshot.states[row].endpoint.id for row in rows),
-            reasons=tuple(reasons[row] for row in rows),
-            scores={
-                name: array("d", [column[position] if position >= 0 else nan for position in at])
-                for name, column in columns.items()
-            },
-            weights=weights,
-            totals=array("d", [totals[position] if position >= 0 else nan for position in at]),
+            endpoints=tuple([snapshot.states[row].endpoint.id for row in rows]),
+            reasons=tuple([reasons[row] for row in rows]),
+            scores={name: array("d", column) for name, column in columns.items()},
+            weights=self._weights,
+            totals=array("d", totals),
             omitted=omitted,
         )
 
@@ -153,3 +154,11 @@ class Scheduler:
         message = _MESSAGES.get(code) or f"the model `{request.model}` does not exist"
         table = self._table(snapshot, reasons, (), {}, ())
         return Rejection(request=request, code=code, message=message, table=table, decided_at=now)
+
+
+def _spread(values: Sequence[float], indices: Sequence[int], size: int) -> list[float]:
+    """The values at their endpoints' places, NaN at those of filtered endpoints."""
+    spread = [nan] * size
+    for index, value in zip(indices, values, strict=True):
+        spread[index] = value
+    return spread

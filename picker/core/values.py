@@ -100,7 +100,8 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
         """Tokens this request is expected to hold at its end: prompt plus output, 256 when the client set no limit (a
         typical chat answer).
         """
-        return self.prompt_tokens + (256 if self.max_output_tokens is None else min(self.max_output_tokens, 4096))
+        output = 256 if self.max_output_tokens is None else max(0, min(self.max_output_tokens, 4096))
+        return max(0, self.prompt_tokens) + output
 
 
 class Standing(enum.StrEnum):

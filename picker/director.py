@@ -1,0 +1,264 @@
+"""The life of a request: decide, reserve, attempt, observe, release. Both doors speak to the brain through this.
+
+`decide` runs snapshot, schedule and reserve without an await, so on one event loop they need no lock. `observe` is
+the only place that releases, and it is idempotent. The director loops over attempts; a door's executor makes exactly
+one. It does no I/O itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeVar
+
+import msgspec
+
+from picker.core.datastore import Datastore, StandingChange
+from picker.core.events import AttemptFailed, Event, FailureKind, Finished, FirstByte, Left, Outcome, Progress, Served
+from picker.core.ledger import Eviction
+from picker.core.plugins import Rng
+from picker.core.scheduler import Scheduler
+from picker.core.values import Decision, InferenceRequest, Rejection, RejectionCode, Snapshot
+from picker.telemetry.logs import Log
+from picker.telemetry.metrics import Metrics
+
+# Decisions remembered for /debug/decisions.
+DECISIONS_MAX = 1000
+
+_OUTCOME_OF_EVICTION = {
+    Eviction.HUNG: FailureKind.HUNG,
+    Eviction.FIRST_BYTE_TIMEOUT: FailureKind.TIMEOUT,
+    Eviction.IDLE_TIMEOUT: FailureKind.TIMEOUT,
+    Eviction.TOTAL_TIMEOUT: FailureKind.TIMEOUT,
+}
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """A complete answer of an engine that asked for another attempt, kept in case there is none."""
+
+    status: int
+    headers: tuple[tuple[bytes, bytes], ...]
+    body: bytes
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """An attempt that ended before the client saw anything of it."""
+
+    kind: FailureKind
+    retry: bool = True
+    answer: Answer | None = None
+
+
+T = TypeVar("T")
+Attempt = Callable[[Decision], Awaitable[T | Failure]]
+
+
+class Guard:
+    """Lets the brain, or a client that leaves, interrupt the task that serves a request.
+
+    The task is cancelled, which costs nothing as long as nobody does it; `why` then tells a hung pod or a passed
+    deadline from a client that left (`gone`). One guard serves one task.
+    """
+
+    __slots__ = ("_task", "gone", "why")
+
+    def __init__(self) -> None:
+        self._task = asyncio.current_task()
+        self.why: Eviction | None = None
+        self.gone = False
+
+    def client_left(self) -> None:
+        """The client closed its connection: nobody wants the answer any more."""
+        if self._task is not None and not self.gone:
+            self.gone = True
+            self._task.cancel()
+
+    def evict(self, why: Eviction) -> None:
+        """Interrupts the task at its next await."""
+        if self._task is not None and self.why is None:
+            self.why = why
+            self._task.cancel()
+
+    def absorb(self) -> Eviction | None:
+        """To be called on CancelledError: the reason if the brain caused it, and the task goes on; None if somebody
+        else did.
+        """
+        why, self.why = self.why, None
+        if why is None or self._task is None or self._task.uncancel() > 0:
+            return None
+        return why
+
+
+class Director:
+    """Decides, remembers why, and keeps the books. One per process, used from one event loop."""
+
+    def __init__(
+        self,
+        datastore: Datastore,
+        scheduler: Scheduler,
+        *,
+        clock: Callable[[], float],
+        rng: Rng,
+        metrics: Metrics,
+        log: Log,
+        aliases: Mapping[str, str] | None = None,
+        max_attempts: int = 3,
+    ) -> None:
+        self.datastore = datastore
+        self.scheduler = scheduler
+        self.clock = clock
+        self.draining = False
+        self.decisions: deque[Decision | Rejection] = deque(maxlen=DECISIONS_MAX)
+        self._rng = rng
+        self._metrics = metrics
+        self._log = log
+        self._aliases = dict(aliases or {})
+        self._max_attempts = max_attempts
+        self._keys = itertools.count(1)
+        self._watchers: dict[int, Callable[[Eviction], None]] = {}
+
+    def __repr__(self) -> str:
+        return f"<Director [{len(self.datastore.ledger)} in flight | {len(self.decisions)} decisions]>"
+
+    def new_key(self) -> int:
+        """A request key no other request of this process has."""
+        return next(self._keys)
+
+    def target_model(self, model: str | None) -> str | None:
+        """What the engines call a model the configuration renames; None when it keeps its name."""
+        return self._aliases.get(model) if model is not None else None
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Client-side model names and what the engines call them."""
+        return self._aliases
+
+    def snapshot(self) -> Snapshot:
+        """All endpoints now."""
+        return self.datastore.snapshot(self.clock())
+
+    def decide(self, request: InferenceRequest) -> Decision | Rejection:
+        """Chooses an endpoint and reserves it. No await may ever get in here."""
+        now = self.clock()
+        verdict = self.scheduler.schedule(request, self.datastore.snapshot(now), now, self._rng)
+        if isinstance(verdict, Decision):
+            self.datastore.reserve(request, verdict.endpoint.id, now)
+            self._metrics.chosen(verdict.endpoint.id)
+        else:
+            self._metrics.rejections.labels(verdict.code.value).inc()
+        self._metrics.decision_s.observe(self.clock() - now)
+        self.decisions.append(verdict)
+        return verdict
+
+    def observe(self, event: Event) -> None:
+        """Takes in what happened to a request."""
+        match event:
+            case Progress(key, at) | FirstByte(key, at):
+                self.datastore.progressed(key, at)
+            case Finished():
+                self._watchers.pop(event.key, None)
+                if event.outcome is Outcome.COMPLETED and event.status >= 500:
+                    self.datastore.failed(event.key, FailureKind.SERVER_ERROR, event.at)
+                else:
+                    worked = event.outcome is Outcome.COMPLETED and 200 <= event.status < 400
+                    self.datastore.ended(event.key, event.at, worked=worked)
+            case AttemptFailed(key, at, kind):
+                flight = self.datastore.failed(key, kind, at)
+                # An endpoint that is gone must not get a series again: nobody would remove it.
+                if flight is not None and self.datastore.endpoint(flight.endpoint_id) is not None:
+                    self._metrics.attempts_failed.labels(flight.endpoint_id, kind.value).inc()
+            case Left(key, at):
+                self._watchers.pop(key, None)
+                self.datastore.left(key, at)
+            case Served(key, at, address):
+                self.datastore.served_by(key, address, at)
+
+    def watch(self, key: int, on_evict: Callable[[Eviction], None]) -> None:
+        """Has `on_evict` called when the brain gives the request up; ends with Finished, Left or `unwatch`."""
+        self._watchers[key] = on_evict
+
+    def unwatch(self, key: int) -> None:
+        """Ends a watch."""
+        self._watchers.pop(key, None)
+
+    def tick(self) -> tuple[StandingChange, ...]:
+        """Ages everything; to be called every 100 ms. Gives up overdue requests and those on hung endpoints."""
+        now = self.clock()
+        ticked = self.datastore.tick(now)
+        for key, why in ticked.evictions:
+            self._metrics.evictions.labels(why.value).inc()
+            watcher = self._watchers.get(key)
+            if watcher is not None:
+                watcher(why)
+            else:
+                self.observe(Finished(key=key, at=now, outcome=Outcome.TIMEOUT))
+        for change in ticked.changes:
+            self._metrics.standing_changes.labels(change.endpoint_id, change.after.value).inc()
+            self._log.warning(
+                "endpoint_standing",
+                endpoint=change.endpoint_id,
+                standing=change.after.value,
+                before=change.before.value,
+                reason=change.reason,
+            )
+        return ticked.changes
+
+    async def dispatch(
+        self, request: InferenceRequest, guard: Guard, attempt: Attempt[T]
+    ) -> tuple[T | Failure | Rejection, Decision | None, int]:
+        """Makes attempts until one commits, none is left to try, or the bound is reached.
+
+        Returns what came out, the last decision, and the number of attempts. Committed attempts stay reserved and
+        watched: the caller observes their end. A Rejection after a failed attempt gives way to that failure, which
+        says more.
+        """
+        decision: Decision | None = None
+        outcome: T | Failure | Rejection | None = None
+        self.watch(request.key, guard.evict)
+        try:
+            for number in range(1, self._max_attempts + 1):
+                verdict = self._decide_again(request, outcome, number)
+                if isinstance(verdict, Rejection):
+                    self.unwatch(request.key)
+                    return (outcome if isinstance(outcome, Failure) else verdict), decision, number - 1
+                decision = verdict
+                outcome = await self._attempt(decision, guard, attempt)
+                if not isinstance(outcome, Failure):
+                    return outcome, decision, number
+                self.observe(AttemptFailed(request.key, self.clock(), outcome.kind))
+                if not outcome.retry or request.pinned is not None:
+                    break
+                tried = request.tried | {decision.endpoint.id}
+                request = msgspec.structs.replace(request, tried=tried)
+        except BaseException:
+            self.observe(Finished(key=request.key, at=self.clock(), outcome=Outcome.CLIENT_GONE))
+            raise
+        self.unwatch(request.key)
+        assert outcome is not None
+        return outcome, decision, number
+
+    def _decide_again(self, request: InferenceRequest, last: object, number: int) -> Decision | Rejection:
+        verdict = self.decide(request)
+        if (
+            number == 2
+            and isinstance(verdict, Rejection)
+            and verdict.code is RejectionCode.NO_READY_ENDPOINTS
+            and isinstance(last, Failure)
+            and last.kind is FailureKind.RESET
+        ):
+            # Engines close idle connections while we send on them: the only endpoint deserves one more try on a new
+            # connection.
+            verdict = self.decide(msgspec.structs.replace(request, tried=frozenset()))
+        return verdict
+
+    async def _attempt(self, decision: Decision, guard: Guard, attempt: Attempt[T]) -> T | Failure:
+        try:
+            return await attempt(decision)
+        except asyncio.CancelledError:
+            why = guard.absorb()
+            if why is None:
+                raise
+            kind = _OUTCOME_OF_EVICTION[why]
+            return Failure(kind, retry=kind is FailureKind.HUNG)
