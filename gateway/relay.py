@@ -1,0 +1,409 @@
+"""The relay: one raw ASGI route for all inference calls.
+
+It takes a request in, has the director find an endpoint that answers, and delivers the answer as it comes. Retries
+happen only before the first body byte, so response headers are held until then. Scoring, health and books belong to
+the brain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from gateway.budget import BodyBudget
+from gateway.delivery import Committed, Delivered, Delivery, Send
+from gateway.explain import explain_header
+from gateway.headers import by_name, to_client, to_engine
+from gateway.homes import ResponseHomes
+from gateway.http1 import CONNECTION, GatewayProtocol
+from gateway.intake import (
+    BodyLimits,
+    BodyReader,
+    ClientGone,
+    Intake,
+    Receive,
+    Scope,
+    dialect_of,
+    find_route,
+    is_stateful,
+    request_id,
+    target_of,
+    understand,
+)
+from picker.core.events import FailureKind, Finished, FirstByte, Outcome, Progress, Usage
+from picker.core.values import Decision, Rejection, RejectionCode
+from picker.director import Answer, Director, Failure, Guard
+from picker.openai import errors
+from picker.openai.errors import ApiError
+from picker.openai.routes import RouteKind
+from picker.telemetry.logs import Log
+from picker.telemetry.metrics import Metrics
+from picker.telemetry.requests import RequestRecord, record_request
+from picker.upstream.client import Upstream
+from picker.upstream.connection import Response
+
+# Statuses that say "not me, not now": another endpoint may do better. 529 is Anthropic's overload status.
+RETRY_STATUSES = frozenset((502, 503, 504, 529))
+# An engine's refusal is kept up to this size in case no other endpoint does better.
+KEPT_REFUSAL_BYTES = 64 * 2**10
+# Progress is told to the brain at most this often per request; it only has to show life.
+PROGRESS_EVERY_S = 0.2
+
+
+class RelaySettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the configuration says about the relay."""
+
+    body: BodyLimits
+    concurrent_requests: int
+    extra_paths: frozenset[str] = frozenset()
+    expose: Callable[[str], bool]
+    admin_token: str | None = None
+
+
+class Exchange:
+    """One request through the relay, from its first byte to its log line. Never shared, never reused."""
+
+    __slots__ = (
+        "attempts",
+        "decision",
+        "dialect",
+        "first_byte_at",
+        "guard",
+        "headers",
+        "ident",
+        "key",
+        "last_told_at",
+        "model",
+        "outcome",
+        "path",
+        "received_at",
+        "scope",
+        "send",
+        "status",
+        "stream",
+        "usage",
+    )
+
+    def __init__(self, scope: Scope, send: Send, *, key: int, now: float) -> None:
+        self.scope = scope
+        self.send = send
+        self.key = key
+        self.headers = by_name(scope["headers"])
+        self.ident = request_id(self.headers)
+        self.dialect = dialect_of(scope["raw_path"])
+        self.path = ""
+        self.model: str | None = None
+        self.stream = False
+        self.guard = Guard()
+        self.received_at = now
+        self.first_byte_at: float | None = None
+        self.last_told_at = 0.0
+        self.decision: Decision | None = None
+        self.attempts = 0
+        self.status = 0
+        self.outcome = Outcome.REJECTED
+        self.usage: Usage | None = None
+
+
+class Relay:
+    """The ASGI callable. One per gateway."""
+
+    def __init__(
+        self,
+        director: Director,
+        upstream: Upstream,
+        *,
+        settings: RelaySettings,
+        budget: BodyBudget,
+        homes: ResponseHomes,
+        metrics: Metrics,
+        log: Log,
+    ) -> None:
+        self._director = director
+        self._upstream = upstream
+        self._settings = settings
+        self._budget = budget
+        self._homes = homes
+        self._metrics = metrics
+        self._log = log
+        self.active = 0
+
+    def __repr__(self) -> str:
+        return f"<Relay [{self.active} active]>"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request, whatever happens: exactly one answer, one log line, nothing left in the books."""
+        now = self._director.clock()
+        exchange = Exchange(scope, send, key=self._director.new_key(), now=now)
+        connection: GatewayProtocol = scope[CONNECTION]
+        connection.on_gone = exchange.guard.client_left
+        self.active += 1
+        try:
+            await self._serve(exchange, receive, connection)
+        except asyncio.CancelledError:
+            if not exchange.guard.gone:
+                raise
+            exchange.outcome = Outcome.CLIENT_GONE
+        except ClientGone:
+            exchange.outcome = Outcome.CLIENT_GONE
+        finally:
+            connection.on_gone = None
+            self.active -= 1
+            self._conclude(exchange)
+
+    async def _serve(self, exchange: Exchange, receive: Receive, connection: GatewayProtocol) -> None:
+        reader = BodyReader(self._budget, self._settings.body)
+        try:
+            intake = await self._take_in(exchange, receive, reader, connection)
+            if isinstance(intake, ApiError):
+                await self._refuse(exchange, intake)
+                return
+            connection.resume_body()
+            result, decision, attempts = await self._director.dispatch(
+                intake.request, exchange.guard, self._attempt(exchange, intake)
+            )
+        finally:
+            reader.release()
+        exchange.decision, exchange.attempts = decision, attempts
+        if isinstance(result, Committed):
+            await self._deliver(exchange, intake, result)
+        elif isinstance(result, Failure) and result.answer is not None:
+            await self._pass_on(exchange, result.answer)
+        else:
+            await self._refuse(exchange, self._verdict(result, intake, attempts))
+
+    async def _take_in(
+        self, exchange: Exchange, receive: Receive, reader: BodyReader, connection: GatewayProtocol
+    ) -> Intake | ApiError:
+        scope = exchange.scope
+        route = find_route(scope["method"], scope["raw_path"], self._settings.extra_paths)
+        if isinstance(route, ApiError):
+            return route
+        exchange.path = route.name
+        exchange.dialect = route.dialect
+        if self._director.draining:
+            return errors.shutting_down()
+        if self.active > self._settings.concurrent_requests:
+            return errors.saturated("too many requests are in progress; try again shortly")
+        body = await reader.read(exchange.headers, receive, arrived=connection.body_arrived)
+        if isinstance(body, ApiError):
+            return body
+        intake = understand(
+            route,
+            body,
+            exchange.headers,
+            target=target_of(scope),
+            key=exchange.key,
+            ident=exchange.ident,
+            now=exchange.received_at,
+            alias=self._director.target_model,
+        )
+        if isinstance(intake, ApiError):
+            return intake
+        exchange.model, exchange.stream = intake.request.model, intake.request.stream
+        return self._pin(intake) if is_stateful(route.kind) else intake
+
+    def _pin(self, intake: Intake) -> Intake | ApiError:
+        """Sends a request that names a stored response to the endpoint that holds it, and nowhere else."""
+        ident = intake.route.resource_id or intake.parsed.previous_response_id
+        if ident is None:
+            return intake
+        home = self._homes.home(ident, self._director.clock())
+        if home is None:
+            # With one endpoint there is no doubt who holds it, even if it was made before we started.
+            endpoints = self._director.datastore.endpoints()
+            if len(endpoints) != 1:
+                return errors.response_gone(ident)
+            home = endpoints[0].id
+        intake.request = msgspec.structs.replace(intake.request, pinned=home)
+        return intake
+
+    def _attempt(self, exchange: Exchange, intake: Intake) -> Callable[[Decision], Any]:
+        async def attempt(decision: Decision) -> Committed | Failure:
+            upstream, endpoint = self._upstream, decision.endpoint
+            scope = exchange.scope
+            headers = to_engine(
+                scope["headers"], exchange.headers, exchange.ident.encode(), upstream.authorization(endpoint)
+            )
+            opened = await upstream.open(endpoint, scope["method"], intake.target, headers, intake.body or None)
+            if isinstance(opened, FailureKind):
+                return Failure(opened)
+            try:
+                return await self._first_byte(exchange, opened)
+            except BaseException:
+                opened.close()
+                raise
+
+        return attempt
+
+    async def _first_byte(self, exchange: Exchange, response: Response) -> Committed | Failure:
+        first = await response.read()
+        if isinstance(first, FailureKind):
+            response.close()
+            return Failure(first)
+        if response.status in RETRY_STATUSES:
+            answer = await _refusal(response, first)
+            overloaded = response.status in (503, 529)
+            return Failure(FailureKind.OVERLOADED if overloaded else FailureKind.SERVER_ERROR, answer=answer)
+        now = self._director.clock()
+        exchange.first_byte_at = exchange.last_told_at = now
+        if response.status < 500:
+            # A 500 passes to the client like any answer, but it is no sign of a working engine.
+            self._director.observe(FirstByte(exchange.key, now))
+        return Committed(response, first)
+
+    async def _deliver(self, exchange: Exchange, intake: Intake, committed: Committed) -> None:
+        response = committed.response
+        exchange.outcome = Outcome.CLIENT_GONE
+        try:
+            if response.status >= 400 and not response.header(b"content-type").startswith(b"text/event-stream"):
+                answer = await _refusal(response, committed.first)
+                if answer is None:
+                    exchange.outcome = Outcome.FAILED
+                    await self._refuse(exchange, errors.upstream_reset())
+                else:
+                    exchange.outcome = Outcome.COMPLETED
+                    await self._pass_on(exchange, answer)
+                return
+            exchange.status = response.status
+            delivery = Delivery(
+                committed,
+                exchange.send,
+                dialect=exchange.dialect,
+                rename=intake.rename,
+                wants_id=intake.route.kind is RouteKind.RESPONSES,
+                on_chunk=lambda: self._progress(exchange),
+            )
+            headers = to_client(response.headers, self._our_headers(exchange))
+            delivered = await delivery.run(headers, exchange.guard)
+            exchange.outcome = delivered.outcome
+            self._learn(exchange, intake, delivered)
+        finally:
+            response.close()
+
+    def _progress(self, exchange: Exchange) -> None:
+        now = self._director.clock()
+        if now - exchange.last_told_at >= PROGRESS_EVERY_S:
+            exchange.last_told_at = now
+            self._director.observe(Progress(exchange.key, now))
+
+    def _learn(self, exchange: Exchange, intake: Intake, delivered: Delivered) -> None:
+        decision = exchange.decision
+        if decision is None:
+            return
+        now = self._director.clock()
+        if delivered.response_id is not None:
+            self._homes.remember(delivered.response_id, decision.endpoint.id, now)
+        ident = intake.route.resource_id
+        if ident is not None and exchange.scope["method"] == "DELETE" and exchange.status < 300:
+            self._homes.forget(ident)
+        exchange.usage = delivered.usage
+
+    async def _pass_on(self, exchange: Exchange, answer: Answer) -> None:
+        """An engine's own error: JSON byte for byte, anything else in our shape."""
+        content_type = by_name((name.lower(), value) for name, value in answer.headers).get(b"content-type")
+        text = content_type.decode("latin-1") if content_type is not None else None
+        wrapped = errors.wrap_engine_error(answer.status, text, answer.body, dialect=exchange.dialect)
+        body = answer.body if wrapped is None else wrapped
+        ours = [*self._our_headers(exchange), (b"content-length", str(len(body)).encode())]
+        kept = [item for item in answer.headers if item[0].lower() not in (b"content-length", b"content-type")]
+        kind = b"application/json" if wrapped is not None or content_type is None else content_type
+        await self._send_all(exchange, answer.status, to_client(kept, [*ours, (b"content-type", kind)]), body)
+
+    async def _refuse(self, exchange: Exchange, error: ApiError) -> None:
+        """One of our own errors."""
+        body = errors.render_error(error, dialect=exchange.dialect, request_id=exchange.ident)
+        headers = [(name.encode(), value.encode("latin-1", "replace")) for name, value in errors.error_headers(error)]
+        headers += [*self._our_headers(exchange), (b"content-length", str(len(body)).encode())]
+        if error.status in (413, 429) or error.code == "request_timeout":
+            # The rest of the body is not read, so the connection cannot be used again.
+            headers.append((b"connection", b"close"))
+        await self._send_all(exchange, error.status, headers, body)
+
+    async def _send_all(self, exchange: Exchange, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+        exchange.status = status
+        await exchange.send({"type": "http.response.start", "status": status, "headers": headers})
+        await exchange.send({"type": "http.response.body", "body": body, "more_body": False})
+
+    def _verdict(self, result: Failure | Rejection, intake: Intake, attempts: int) -> ApiError:
+        if isinstance(result, Rejection):
+            return _rejection_error(result, intake)
+        retried = attempts > 1
+        if result.kind is FailureKind.CONNECT:
+            return errors.upstream_unreachable(retried=retried)
+        if result.kind in (FailureKind.TIMEOUT, FailureKind.HUNG):
+            return errors.upstream_timeout(retried=retried)
+        return errors.upstream_reset(retried=retried)
+
+    def _our_headers(self, exchange: Exchange) -> list[tuple[bytes, bytes]]:
+        headers = [(b"x-request-id", exchange.ident.encode("latin-1"))]
+        decision = exchange.decision
+        if decision is None:
+            return headers
+        client = exchange.scope["client"]
+        if self._settings.expose(client[0] if client else ""):
+            waited_ms = (decision.decided_at - exchange.received_at) * 1000
+            headers.append((b"x-waypost-endpoint", decision.endpoint.id.encode("ascii", "replace")))
+            headers.append((b"x-waypost-decision-ms", b"%.3f" % waited_ms))
+        explained = explain_header(exchange.headers, decision, self._settings.admin_token)
+        if explained is not None:
+            headers.append((b"x-waypost-explain", explained))
+        return headers
+
+    def _conclude(self, exchange: Exchange) -> None:
+        """The one end of every request: books, metrics, log line."""
+        now = self._director.clock()
+        status = exchange.status
+        self._director.observe(Finished(key=exchange.key, at=now, outcome=exchange.outcome, status=status))
+        decision, first_byte_at = exchange.decision, exchange.first_byte_at
+        record = RequestRecord(
+            id=exchange.ident,
+            path=exchange.path,
+            status=status,
+            outcome=exchange.outcome,
+            duration_s=now - exchange.received_at,
+            model=exchange.model,
+            endpoint=decision.endpoint.id if decision is not None else None,
+            stream=exchange.stream,
+            attempts=exchange.attempts,
+            first_byte_s=first_byte_at - exchange.received_at if first_byte_at is not None else None,
+            usage=exchange.usage,
+        )
+        record_request(record, self._metrics, self._log)
+
+
+async def _refusal(response: Response, first: bytes) -> Answer | None:
+    """The rest of an engine's error answer, None when it is too large or breaks off."""
+    parts, size_bytes = [first], len(first)
+    while not response.finished:
+        chunk = await response.read()
+        if isinstance(chunk, FailureKind) or size_bytes > KEPT_REFUSAL_BYTES:
+            response.close()
+            return None
+        if not chunk:
+            break
+        parts.append(chunk)
+        size_bytes += len(chunk)
+    response.close()
+    return Answer(response.status, response.headers, b"".join(parts))
+
+
+def _rejection_error(rejection: Rejection, intake: Intake) -> ApiError:
+    match rejection.code:
+        case RejectionCode.MODEL_NOT_FOUND:
+            return errors.model_not_found(intake.request.model or "")
+        case RejectionCode.RESPONSE_GONE:
+            return errors.response_gone(intake.route.resource_id or intake.parsed.previous_response_id or "")
+        case RejectionCode.SATURATED:
+            return errors.saturated()
+        case RejectionCode.NO_ENDPOINTS:
+            return errors.no_endpoints()
+        case RejectionCode.SUBSET_EMPTY:
+            return errors.subset_empty()
+        case RejectionCode.SHUTTING_DOWN:
+            return errors.shutting_down()
+        case RejectionCode.NO_READY_ENDPOINTS:
+            return errors.no_ready_endpoints()

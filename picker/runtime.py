@@ -1,0 +1,217 @@
+"""The wiring: from a configuration to a running brain. The only module that knows every room.
+
+It starts and stops things in order and owns the background tasks: sources, scraper, tick. The doors are built around
+it elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from picker import policies
+from picker.config import Config, ProfileEntry
+from picker.core.datastore import Datastore, Freshness
+from picker.core.health import HealthLimits
+from picker.core.ledger import Deadlines
+from picker.core.scheduler import Profile, Scheduler
+from picker.director import Director
+from picker.policies import PluginSpec, PolicySpec
+from picker.signals.scrape import Scraper
+from picker.signals.settings import ScrapeHooks, ScrapeSettings
+from picker.sources.file import FileSource
+from picker.sources.follow import follow
+from picker.sources.source import Source
+from picker.sources.static import StaticSource
+from picker.telemetry.logs import Log
+from picker.telemetry.metrics import Metrics
+from picker.upstream.client import Upstream
+from picker.upstream.credentials import Credentials
+
+# Hung engines and passed deadlines are found within this time.
+TICK_S = 0.1
+# A model list is believed for this many of its intervals.
+MODELS_BELIEVED_INTERVALS = 4
+
+
+class Runtime:
+    """One brain and everything that feeds it. Build it anywhere, start it on the loop it will live on."""
+
+    def __init__(self, config: Config, *, log: Log, version: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.config = config
+        self.log = log
+        self.version = version
+        self.metrics = Metrics(version)
+        self.datastore = Datastore(
+            health=_health_limits(config),
+            freshness=Freshness(
+                signals_s=config.scrape.stale_after,
+                models_s=MODELS_BELIEVED_INTERVALS * config.scrape.models_interval,
+            ),
+            deadlines=Deadlines(
+                first_byte_s=config.timeouts.first_byte,
+                between_chunks_s=config.timeouts.between_chunks,
+                total_s=config.timeouts.total,
+            ),
+        )
+        self.director = Director(
+            self.datastore,
+            Scheduler(build_profile(config)),
+            clock=clock,
+            rng=random.Random(),
+            metrics=self.metrics,
+            log=log,
+            aliases=config.models,
+            max_attempts=config.gateway.max_attempts,
+        )
+        self.upstream = Upstream(_credentials(config), connect_timeout_s=config.timeouts.connect)
+        self.stopping = False
+        self._synced = asyncio.Event()
+        self._scraper = Scraper(
+            getter=self.upstream,
+            store=self.datastore,
+            clock=clock,
+            settings=ScrapeSettings(
+                busy_s=config.scrape.busy_interval,
+                idle_s=config.scrape.idle_interval,
+                timeout_s=config.scrape.timeout,
+                models_s=config.scrape.models_interval,
+            ),
+            hooks=ScrapeHooks(on_scrape=self._on_scrape, on_engine=self._on_engine, on_trouble=self._on_trouble),
+        )
+        self._sources = _sources(config, log)
+        self._tasks: list[asyncio.Task[None]] = []
+        self.metrics.watch(self.director.snapshot)
+
+    def __repr__(self) -> str:
+        return f"<Runtime {self.director!r} {self.datastore!r}>"
+
+    async def start(self) -> None:
+        """Starts everything. Raises OSError or ssl.SSLError when a credential's files are unusable."""
+        await self.upstream.start()
+        for source in self._sources:
+            self._run(follow(source, self.datastore), name=f"source {source.name}")
+        self._scraper.start()
+        self._run(self._tick(), name="tick")
+
+    async def close(self) -> None:
+        """Stops everything; what is in flight upstream is cut."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._scraper.close()
+        await self.upstream.close()
+
+    def checks(self) -> dict[str, str | None]:
+        """The conditions of readiness: None where one holds, otherwise why it does not."""
+        waiting = [source.name for source in self._sources if not self.datastore.synced(source.name)]
+        dead = [task.get_name() for task in self._tasks if task.done()]
+        return {
+            "draining": "this process is stopping" if self.stopping else None,
+            "sources": f"not synced yet: {', '.join(waiting)}" if waiting else None,
+            "tasks": f"ended: {', '.join(dead)}" if dead else None,
+        }
+
+    def ready(self) -> bool:
+        """Whether all conditions of readiness hold."""
+        return not any(self.checks().values())
+
+    async def synced(self, timeout_s: float) -> None:
+        """Waits until every source has said once what exists, at most `timeout_s`."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._synced.wait(), timeout_s)
+
+    def _run(self, work: Coroutine[Any, Any, None], *, name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(self._on_end)
+        self._tasks.append(task)
+
+    def _on_end(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            self.log.error("task_died", task=task.get_name(), error=repr(task.exception()))
+
+    async def _tick(self) -> None:
+        known: frozenset[str] = frozenset()
+        version = -1
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.director.tick()
+            if self.checks()["sources"] is None:
+                self._synced.set()
+            if self.datastore.version != version:
+                version = self.datastore.version
+                present = frozenset(endpoint.id for endpoint in self.datastore.endpoints())
+                self.metrics.forget(known - present)
+                known = present
+                self.log.info("endpoints", count=len(present))
+
+    def _on_scrape(self, endpoint_id: str, seconds: float, ok: bool) -> None:
+        if ok:
+            self.metrics.scrape_s.observe(seconds)
+        else:
+            self.metrics.scrape_errors.labels(endpoint_id).inc()
+
+    def _on_engine(self, endpoint_id: str, engine: str) -> None:
+        self.log.info("engine", endpoint=endpoint_id, engine=engine)
+
+    def _on_trouble(self, endpoint_id: str, kind: str, message: str) -> None:
+        self.log.error("scrape_trouble", endpoint=endpoint_id, kind=kind, error=message)
+
+
+def build_profile(config: Config) -> Profile:
+    """The profile of the configured policy. Raises picker.policies.PolicyProblem when a plugin cannot be built."""
+    entry = config.profiles.get(config.policy)
+    spec = policies.BUILTIN[config.policy] if entry is None else _policy(entry)
+    return policies.build(config.policy, spec)
+
+
+def _policy(entry: ProfileEntry) -> PolicySpec:
+    return PolicySpec(
+        filters=tuple(PluginSpec(plugin.name, params=plugin.params) for plugin in entry.filters),
+        scorers=tuple(PluginSpec(plugin.name, plugin.weight, plugin.params) for plugin in entry.scorers),
+        picker=PluginSpec(entry.picker.name, params=entry.picker.params),
+    )
+
+
+def _health_limits(config: Config) -> HealthLimits:
+    health = config.health
+    return HealthLimits(
+        probe_failures=health.probe_failures,
+        hung_after_s=health.hung_after,
+        breaker_failures=health.breaker_failures,
+        breaker_open_s=health.breaker_open,
+        breaker_open_max_s=health.breaker_open_max,
+    )
+
+
+def _credentials(config: Config) -> dict[str, Credentials]:
+    return {
+        name: Credentials(
+            api_key=entry.api_key.get_secret_value() if entry.api_key is not None else None,
+            ca=str(entry.ca) if entry.ca is not None else None,
+            client_cert=str(entry.client_cert) if entry.client_cert is not None else None,
+            client_key=str(entry.client_key) if entry.client_key is not None else None,
+            server_name=entry.server_name,
+            verify=entry.verify,
+        )
+        for name, entry in config.credentials.items()
+    }
+
+
+def _sources(config: Config, log: Log) -> list[Source]:
+    sources: list[Source] = []
+    if config.endpoints.static or config.endpoints.file is None:
+        sources.append(StaticSource(config.endpoints.static))
+    if config.endpoints.file is not None:
+        sources.append(
+            FileSource(
+                config.endpoints.file,
+                credentials=frozenset(config.credentials),
+                on_problems=lambda problems: log.error("endpoints_file", problems=[str(each) for each in problems]),
+            )
+        )
+    return sources

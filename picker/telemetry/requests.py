@@ -1,0 +1,58 @@
+"""The end of a request as metrics and logs see it: one record, one log line, the same for both doors."""
+
+from __future__ import annotations
+
+import msgspec
+
+from picker.core.events import Outcome, Usage
+from picker.telemetry.logs import Log
+from picker.telemetry.metrics import Metrics
+
+
+class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What is worth keeping of one finished request. Times in seconds; `status` 0 means the client got none.
+
+    `endpoint` is None when nobody was chosen; the model is then no metric label, since anybody can invent models.
+    """
+
+    id: str
+    path: str
+    status: int
+    outcome: Outcome
+    duration_s: float
+    model: str | None = None
+    endpoint: str | None = None
+    stream: bool = False
+    attempts: int = 0
+    first_byte_s: float | None = None
+    usage: Usage | None = None
+
+
+def record_request(record: RequestRecord, metrics: Metrics, log: Log) -> None:
+    """Counts and logs one request. Prompts and headers are not in the record, so they cannot get into a log."""
+    label, counters = metrics.model(record.model if record.endpoint is not None else None)
+    counters.count(label, record.status)
+    counters.duration_s.observe(record.duration_s)
+    if record.first_byte_s is not None:
+        counters.first_byte_s.observe(record.first_byte_s)
+    if record.outcome is Outcome.CLIENT_GONE:
+        metrics.disconnects.inc()
+    usage = record.usage
+    if usage is not None:
+        counters.prompt_tokens.inc(usage.prompt_tokens or 0)
+        counters.output_tokens.inc(usage.output_tokens or 0)
+        counters.cached_tokens.inc(usage.cached_tokens or 0)
+    log.info(
+        "request",
+        id=record.id,
+        path=record.path,
+        model=record.model,
+        endpoint=record.endpoint,
+        status=record.status,
+        outcome=record.outcome.value,
+        stream=record.stream,
+        attempts=record.attempts,
+        ttft_ms=round(record.first_byte_s * 1000, 3) if record.first_byte_s is not None else None,
+        duration_ms=round(record.duration_s * 1000, 3),
+        output_tokens=usage.output_tokens if usage is not None else None,
+    )
