@@ -138,7 +138,12 @@ def gateway_server(runtime: Runtime, sock: socket.socket) -> tuple[HttpServer, R
 def admin_server(runtime: Runtime, sock: socket.socket) -> HttpServer:
     """The admin port on a socket."""
     app = admin.build(
-        runtime.director, runtime.metrics, checks=runtime.checks, token=_token(runtime.config), version=runtime.version
+        runtime.director,
+        runtime.metrics,
+        checks=runtime.checks,
+        engines=runtime.engines,
+        token=_token(runtime.config),
+        version=runtime.version,
     )
     config = uvicorn.Config(
         app, ws="none", lifespan="off", access_log=False, log_config=None, server_header=False, proxy_headers=False

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from picker import policies
@@ -115,6 +115,10 @@ class Runtime:
             "sources": f"not synced yet: {', '.join(waiting)}" if waiting else None,
             "tasks": f"ended: {', '.join(dead)}" if dead else None,
         }
+
+    def engines(self) -> Mapping[str, str]:
+        """The engine of each endpoint that was recognised, by endpoint id."""
+        return self._scraper.engines()
 
     def ready(self) -> bool:
         """Whether all conditions of readiness hold."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -35,8 +35,18 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def build(director: Director, metrics: Metrics, *, checks: Checks, token: str | None, version: str) -> FastAPI:
-    """The app. `checks` gives, for each condition of readiness, None when it holds or the reason it does not."""
+def build(
+    director: Director,
+    metrics: Metrics,
+    *,
+    checks: Checks,
+    engines: Callable[[], Mapping[str, str]],
+    token: str | None,
+    version: str,
+) -> FastAPI:
+    """The app. `checks` gives, for each condition of readiness, None when it holds or the reason it does not;
+    `engines` the engine of each endpoint that was recognised.
+    """
     app = FastAPI(title="Waypost admin", version=version, docs_url=None, redoc_url=None)
     guarded = [Depends(_guard(token))]
 
@@ -60,7 +70,7 @@ def build(director: Director, metrics: Metrics, *, checks: Checks, token: str | 
     @app.get("/debug/endpoints", dependencies=guarded)
     async def debug_endpoints() -> list[dict[str, Any]]:
         """What is known about every endpoint."""
-        return endpoints(director.snapshot())
+        return endpoints(director.snapshot(), engines())
 
     @app.get("/debug/decisions", dependencies=guarded)
     async def debug_decisions(limit: int = PAGE) -> list[dict[str, Any]]:

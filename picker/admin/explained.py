@@ -5,6 +5,7 @@ shape.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Mapping
 from math import isnan
 from typing import Any
 
@@ -53,9 +54,9 @@ def best_rows(decision: Decision, limit: int) -> dict[str, Any]:
     }
 
 
-def endpoints(snapshot: Snapshot) -> list[dict[str, Any]]:
-    """All endpoints as of a snapshot."""
-    return [_endpoint(state, snapshot.now) for state in snapshot.states]
+def endpoints(snapshot: Snapshot, engines: Mapping[str, str]) -> list[dict[str, Any]]:
+    """All endpoints as of a snapshot. `engines` names the engines that were recognised, by endpoint id."""
+    return [_endpoint(state, snapshot.now, engines) for state in snapshot.states]
 
 
 def _row(table: ScoreTable, index: int) -> dict[str, Any]:
@@ -74,14 +75,14 @@ def _omitted(table: ScoreTable) -> dict[str, Any]:
     return {"omitted": dict(table.omitted)} if table.omitted else {}
 
 
-def _endpoint(state: EndpointState, now: float) -> dict[str, Any]:
+def _endpoint(state: EndpointState, now: float, engines: Mapping[str, str]) -> dict[str, Any]:
     signals = state.signals
     return {
         "id": state.endpoint.id,
         "url": state.endpoint.url,
         "address": state.endpoint.address,
         "role": state.endpoint.role.value,
-        "engine": state.endpoint.engine,
+        "engine": engines.get(state.endpoint.id, state.endpoint.engine),
         "labels": dict(state.endpoint.labels),
         "standing": state.standing.value,
         "reason": state.standing_reason,
