@@ -139,7 +139,7 @@ def run(
 ) -> None:
     """Run the gateway, an OpenAI-compatible HTTP proxy."""
     flags: dict[tuple[str, ...] | str, object] = {
-        "endpoints.static": to or None,
+        "endpoints.static": _urls(to),
         "listen": listen,
         "admin.listen": admin,
         "policy": policy,
@@ -172,7 +172,7 @@ def picker(
 ) -> None:
     """Run the endpoint picker, an ext-proc server for Envoy."""
     flags: dict[tuple[str, ...] | str, object] = {
-        "endpoints.static": to or None,
+        "endpoints.static": _urls(to),
         "policy": policy,
         "picker.host": host,
         "picker.grpc_port": grpc_port,
@@ -300,7 +300,7 @@ def config_show(
 
     Each value has its origin: default, file, environment or flag. Secrets are masked.
     """
-    loaded = _load(config, {"endpoints.static": to or None, "listen": listen, "admin.listen": admin, "policy": policy})
+    loaded = _load(config, {"endpoints.static": _urls(to), "listen": listen, "admin.listen": admin, "policy": policy})
     from picker.config import effective_json, effective_text
 
     render = effective_json if output is Output.JSON else effective_text
@@ -324,6 +324,13 @@ def config_example() -> None:
 
 
 app.add_typer(config_app, name="config")
+
+
+def _urls(to: Sequence[str] | None) -> list[str] | None:
+    """The `--to` arguments as URLs: a bare HOST:PORT and the `/v1` of SDK base URLs are what people type."""
+    from picker.sources.static import usual_url
+
+    return [usual_url(text) for text in to] if to else None
 
 
 def _try_load(path: Path | None, flags: Mapping[tuple[str, ...] | str, object]) -> Loaded | list[Problem]:

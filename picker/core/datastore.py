@@ -385,7 +385,9 @@ class Datastore:
         if not load.flights:
             return False
         counter_at = record.counter_at if self._has_counters(record, now) else None
-        return record.pace.is_hung(load, now, counter_at=counter_at, hung_after_s=self._health.hung_after_s)
+        lag_s = record.signals.progress_lag_s if record.signals is not None else 0.0
+        hung_after_s = self._health.hung_after_s + lag_s
+        return record.pace.is_hung(load, now, counter_at=counter_at, hung_after_s=hung_after_s)
 
 
 def _same_process(before: Endpoint, after: Endpoint) -> bool:

@@ -50,9 +50,9 @@ class SubsetFilter(msgspec.Struct, frozen=True):
 
 def _allowed(address: str, subset: frozenset[str]) -> bool:
     if address in subset:
-        return True
+        return bool(address)
     host = address.rpartition(":")[0]
-    return host in subset or host.strip("[]") in subset
+    return bool(host) and (host in subset or host.strip("[]") in subset)
 
 
 class RoleFilter(msgspec.Struct, frozen=True):

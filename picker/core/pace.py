@@ -49,15 +49,14 @@ class Pace:
         explains: `hung_after_s`, or four times the expected first byte. `counter_at` is when the engine's token
         counters last moved, None where it has none to show.
         """
+        moved_at = load.progress_at if counter_at is None else max(load.proof_at, counter_at)
+        if now - moved_at <= hung_after_s:
+            return False
         awaited = [flight for flight in load.flights.values() if _is_awaited(flight, counter_at)]
         if not awaited:
             return False
-        silent_since = min(flight.reserved_at for flight in awaited)
-        if counter_at is None:
-            silent_since = max(silent_since, load.progress_at)
-        else:
-            silent_since = max(silent_since, load.proof_at, counter_at)
-        return now - silent_since > max(hung_after_s, 4 * self._expected_s(awaited, counter_at is not None))
+        silent_s = now - max(moved_at, min(flight.reserved_at for flight in awaited))
+        return silent_s > max(hung_after_s, 4 * self._expected_s(awaited, counter_at is not None))
 
     def _expected_s(self, awaited: list[Flight], counters: bool) -> float:
         if not counters and not any(flight.request.stream for flight in awaited):

@@ -8,9 +8,14 @@ or change its arguments. Filters, scorers and pickers are looked up by `name` in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Annotated, Protocol
+
+import msgspec
 
 from picker.core.values import EndpointState, InferenceRequest, RejectionCode
+
+# Where a falling score is one half. `policies` checks it: 0 or infinity would make scores that are no numbers.
+Scale = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 
 
 class Rng(Protocol):

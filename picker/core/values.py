@@ -55,7 +55,7 @@ class Signals(msgspec.Struct, frozen=True, kw_only=True):
     """What one scrape of one engine said. None means the engine does not tell, which is not the same as zero.
 
     `at` is the time the scrape was sent: what was dispatched later cannot be in it. `progress_tokens` is the sum of
-    the engine's prompt and generation token counters; it moves exactly when the engine works.
+    the engine's prompt and generation token counters; while the engine works it rests at most `progress_lag_s`.
     """
 
     at: float
@@ -66,6 +66,7 @@ class Signals(msgspec.Struct, frozen=True, kw_only=True):
     blocks: int | None = None
     lora: Lora | None = None
     progress_tokens: float | None = None
+    progress_lag_s: float = 0.0
 
 
 class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -73,6 +73,7 @@ class Engine:
     progress: tuple[Figure, ...] = ()
     lora: str = ""
     copies: tuple[str, ...] = ()
+    progress_lag_s: float = 0.0
 
     @cached_property
     def lines(self) -> PageFilter:
@@ -112,6 +113,7 @@ def read(engine: Engine, page: bytes, at: float) -> Signals | ProbeFailure:
         blocks=int(blocks) if blocks else None,
         lora=_newest_lora(page_by_name.get(engine.lora, ())),
         progress_tokens=_progress(engine, page_by_name),
+        progress_lag_s=engine.progress_lag_s,
     )
 
 

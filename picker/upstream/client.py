@@ -20,6 +20,8 @@ from picker.upstream.connection import RawHeaders, Response
 from picker.upstream.credentials import Credentials, tls_context
 from picker.upstream.pool import Pool
 
+# A length is expected with these even when it is zero (RFC 9110 section 8.6).
+_WITH_BODY = frozenset(("POST", "PUT", "PATCH"))
 # Origins with a pool; pods come and go, and the pools of the gone are dropped when there are too many.
 POOLS_MAX = 4096
 
@@ -62,7 +64,7 @@ class Upstream:
         return self._authorizations.get(endpoint.credentials)
 
     async def open(
-        self, endpoint: Endpoint, method: str, target: str, headers: RawHeaders, body: bytes | None
+        self, endpoint: Endpoint, method: str, target: str, headers: RawHeaders, body: bytes
     ) -> Response | FailureKind:
         """Sends one request and waits for the response headers. `target` is path and query.
 
@@ -83,12 +85,14 @@ class Upstream:
     ) -> Fetched | ProbeFailure:
         """Fetches a page for a probe with the endpoint's credentials, reading at most about `limit_bytes` of it."""
         origin, target = _split(url)
-        authorization = self.authorization(endpoint)
+        # Metrics may live on another host, which has no business knowing the key.
+        same_host = urlsplit(origin).hostname == urlsplit(endpoint.url).hostname
+        authorization = self.authorization(endpoint) if same_host else None
         headers = [(b"authorization", authorization)] if authorization is not None else []
         try:
             async with asyncio.timeout(timeout_s):
                 probed = msgspec.structs.replace(endpoint, url=origin)
-                response = await self.open(probed, "GET", target, headers, None)
+                response = await self.open(probed, "GET", target, headers, b"")
                 if isinstance(response, FailureKind):
                     return ProbeFailure.REFUSED
                 try:
@@ -119,11 +123,11 @@ class Upstream:
             del self._pools[key]
 
 
-def _head(method: str, target: str, host: bytes, headers: RawHeaders, body: bytes | None) -> bytes:
+def _head(method: str, target: str, host: bytes, headers: RawHeaders, body: bytes) -> bytes:
     parts = [method.encode(), b" ", target.encode("latin-1"), b" HTTP/1.1\r\nhost: ", host, b"\r\n"]
     for name, value in headers:
         parts += (name, b": ", value, b"\r\n")
-    if body is not None:
+    if body or method in _WITH_BODY:
         parts += (b"content-length: ", str(len(body)).encode(), b"\r\n")
     parts.append(b"\r\n")
     return b"".join(parts)

@@ -109,13 +109,13 @@ def test_run_without_endpoints_is_refused(doors: Doors) -> None:
 
 
 def test_wrong_flags_are_named(doors: Doors) -> None:
-    result = waypost("run", "--to", "a:1", "--admin", "9090", "--policy", "ballanced", "--drain-timeout", "30")
+    result = waypost("run", "--to", "ftp://a:1", "--admin", "9090", "--policy", "ballanced", "--drain-timeout", "30")
     assert result.exit_code == 2
     assert result.stderr.splitlines() == [
         '--admin: must be HOST:PORT, such as 127.0.0.1:8080 or "[::1]:8080"; '
         "did you mean 127.0.0.1:9090? (got '9090')",
         "--policy: unknown policy; did you mean balanced? (got 'ballanced')",
-        "--to: must start with http:// or https://; did you mean http://a:1? (got 'a:1')",
+        "--to: must start with http:// or https:// (got 'ftp://a:1')",
         "--drain-timeout: must be a duration with a unit, such as 50ms, 2s, 5m or 1h; did you mean 30s? (got '30')",
     ]
     assert doors.called == []

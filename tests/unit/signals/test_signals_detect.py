@@ -71,7 +71,7 @@ def endpoint(**fields: str) -> Endpoint:
             "vllm",
             "/metrics",
         ),
-        ({"/metrics": ProbeFailure.PARSE} | {}, None, ""),
+        ({"/metrics": ProbeFailure.PARSE}, None, ""),
         ({"/metrics": HTML, "/version": Answer(200, b'{"version":"1"}')}, "none", ""),
         ({"/metrics": Answer(200, b"llamacpp:requests 1\n")}, "none", ""),
         ({"/metrics": Answer(200, b"x 1\n"), "/server_info": Answer(200, b"[[[["), "/version": HTML}, "none", ""),
