@@ -26,6 +26,9 @@ from picker.telemetry.metrics import Metrics
 
 # Decisions remembered for /debug/decisions.
 DECISIONS_MAX = 1000
+# Clients choose these texts, and a thousand requests are remembered: a model's name may be as long as a body.
+REMEMBERED_CHARS = 512
+_TEXTS = ("id", "path", "model", "target_model", "session")
 
 _OUTCOME_OF_EVICTION = {
     Eviction.HUNG: FailureKind.HUNG,
@@ -149,7 +152,7 @@ class Director:
         else:
             self._metrics.rejections.labels(verdict.code.value).inc()
         self._metrics.decision_s.observe(self.clock() - now)
-        self.decisions.append(verdict)
+        self.decisions.append(_remembered(verdict))
         return verdict
 
     def observe(self, event: Event) -> None:
@@ -262,3 +265,16 @@ class Director:
                 raise
             kind = _OUTCOME_OF_EVICTION[why]
             return Failure(kind, retry=kind is FailureKind.HUNG)
+
+
+def _remembered(verdict: Decision | Rejection) -> Decision | Rejection:
+    """The verdict with overlong texts of its request cut."""
+    request = verdict.request
+    cut = {
+        name: text[:REMEMBERED_CHARS]
+        for name in _TEXTS
+        if (text := getattr(request, name)) is not None and len(text) > REMEMBERED_CHARS
+    }
+    if not cut:
+        return verdict
+    return msgspec.structs.replace(verdict, request=msgspec.structs.replace(request, **cut))

@@ -7,6 +7,7 @@ beats it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any
 
 import msgspec
@@ -53,12 +54,24 @@ BUILTIN: Mapping[str, PolicySpec] = {
 }
 
 
+# What a plugin is, not how it is set: no parameters.
+_FIXED = frozenset({"name", "refusal"})
+
+
 class PolicyProblem(ValueError):
     """A policy cannot be built; the text says which plugin and why."""
 
 
 def build(name: str, spec: PolicySpec) -> Profile:
-    """The profile of a policy. Raises PolicyProblem for an unknown plugin or unknown parameters."""
+    """The profile of a policy. Raises PolicyProblem for an unknown plugin, for parameters it does not take, and for
+    a scorer that is named twice or has no positive weight.
+    """
+    names = [plugin.name for plugin in spec.scorers]
+    for plugin in spec.scorers:
+        if names.count(plugin.name) > 1:
+            raise PolicyProblem(f"scorer `{plugin.name}` is there twice")
+        if not 0 < plugin.weight < inf:
+            raise PolicyProblem(f"scorer `{plugin.name}`: the weight must be a positive number")
     given = {plugin.name for plugin in spec.filters}
     specs = [PluginSpec(always) for always in filters.ALWAYS if always not in given] + list(spec.filters)
     return Profile(
@@ -70,9 +83,19 @@ def build(name: str, spec: PolicySpec) -> Profile:
 
 
 def _build(kind: str, factory: Any, plugin: PluginSpec) -> Any:
+    fixed = _FIXED.intersection(plugin.params)
+    if fixed:
+        raise PolicyProblem(f"{kind} `{plugin.name}`: `{min(fixed)}` cannot be set")
     try:
-        return factory(plugin.name, plugin.params)
+        built = factory(plugin.name, plugin.params)
     except KeyError:
         raise PolicyProblem(f"there is no {kind} `{plugin.name}`") from None
     except TypeError as error:
+        raise PolicyProblem(f"{kind} `{plugin.name}`: {error}") from None
+    if not isinstance(built, msgspec.Struct):
+        return built
+    try:
+        # Building a struct checks no types: a scale of 0 or "8" would fail at every request.
+        return msgspec.convert(msgspec.to_builtins(built), type(built))
+    except msgspec.ValidationError as error:
         raise PolicyProblem(f"{kind} `{plugin.name}`: {error}") from None

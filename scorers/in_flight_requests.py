@@ -10,13 +10,14 @@ from collections.abc import Sequence
 
 import msgspec
 
+from picker.core.plugins import Scale
 from picker.core.values import EndpointState, InferenceRequest
 
 
 class InFlightRequests(msgspec.Struct, frozen=True):
     """Scores our own count; `scale` is the number of requests that scores 0.5."""
 
-    scale: float = 8.0
+    scale: Scale = 8.0
     name: str = "in-flight-requests"
 
     def score(self, request: InferenceRequest, states: Sequence[EndpointState]) -> Sequence[float | None]:

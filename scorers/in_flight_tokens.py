@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import msgspec
 
+from picker.core.plugins import Scale
 from picker.core.values import EndpointState, InferenceRequest
 
 
 class InFlightTokens(msgspec.Struct, frozen=True):
     """Scores the prompt and expected output tokens in flight; `scale` is the number of tokens that scores 0.5."""
 
-    scale: float = 16384.0
+    scale: Scale = 16384.0
     name: str = "in-flight-tokens"
 
     def score(self, request: InferenceRequest, states: Sequence[EndpointState]) -> Sequence[float | None]:

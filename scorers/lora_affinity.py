@@ -34,4 +34,5 @@ def _step(model: str, state: EndpointState) -> float | None:
         return LOADED
     if model in lora.waiting:
         return QUEUED
-    return ROOM if len(lora.running | lora.waiting) < lora.slots else FULL
+    held = len(lora.running | lora.waiting) if lora.waiting else len(lora.running)
+    return ROOM if held < lora.slots else FULL

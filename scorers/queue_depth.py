@@ -11,13 +11,14 @@ from collections.abc import Sequence
 
 import msgspec
 
+from picker.core.plugins import Scale
 from picker.core.values import EndpointState, InferenceRequest
 
 
 class QueueDepth(msgspec.Struct, frozen=True):
     """Scores the estimated queue; `scale` is the queue length that scores 0.5."""
 
-    scale: float = 4.0
+    scale: Scale = 4.0
     name: str = "queue-depth"
 
     def score(self, request: InferenceRequest, states: Sequence[EndpointState]) -> Sequence[float | None]:

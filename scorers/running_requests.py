@@ -9,13 +9,14 @@ from collections.abc import Sequence
 
 import msgspec
 
+from picker.core.plugins import Scale
 from picker.core.values import EndpointState, InferenceRequest
 
 
 class RunningRequests(msgspec.Struct, frozen=True):
     """Scores the estimated batch; `scale` is the batch size that scores 0.5."""
 
-    scale: float = 32.0
+    scale: Scale = 32.0
     name: str = "running-requests"
 
     def score(self, request: InferenceRequest, states: Sequence[EndpointState]) -> Sequence[float | None]:

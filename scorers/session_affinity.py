@@ -25,7 +25,7 @@ class SessionAffinity(msgspec.Struct, frozen=True):
         """1 for the home among the given rows, 0 for the others; no data without a session."""
         if not request.session or not states:
             return [None] * len(states)
-        session = crc32(request.session.encode())
+        session = crc32(request.session.encode(errors="surrogatepass"))
         weights = [_mix(session << 32 | crc32(state.endpoint.id.encode())) for state in states]
         home = weights.index(max(weights))
         return [1.0 if index == home else 0.0 for index in range(len(states))]

@@ -16,6 +16,8 @@ PREFILL_PRIOR_S_PER_TOKEN = 1 / 4000
 PREFILL_S_PER_TOKEN_MIN = 1 / 50_000
 PREFILL_S_PER_TOKEN_MAX = 1 / 1000
 TELLING_PROMPT_TOKENS = 1024
+# Prompt tokens that engines take into one step on modest accelerators; the tokens of several prompts come together.
+STEP_TOKENS = 2048
 # Without token counters a non-streaming answer is silent until its end, and nothing tells a long answer from a hung
 # engine.
 SILENT_ANSWER_S = 30.0
@@ -61,8 +63,11 @@ class Pace:
     def _expected_s(self, awaited: list[Flight], counters: bool) -> float:
         if not counters and not any(flight.request.stream for flight in awaited):
             return max(SILENT_ANSWER_S, self.silent_s)
-        prompt_tokens = sum(flight.request.prompt_tokens for flight in awaited)
-        return max(self.first_byte_s, FIRST_BYTE_PRIOR_S + prompt_tokens * self.prefill_s_per_token)
+        # The first of them to be prefilled ends the silence, so they do not add up beyond one step of the engine:
+        # otherwise a frozen engine would get more time with every request it swallows.
+        prompts = [flight.request.prompt_tokens for flight in awaited]
+        tokens = max(*prompts, min(sum(prompts), STEP_TOKENS))
+        return max(self.first_byte_s, FIRST_BYTE_PRIOR_S + tokens * self.prefill_s_per_token)
 
 
 def _is_awaited(flight: Flight, counter_at: float | None) -> bool:

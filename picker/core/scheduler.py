@@ -26,6 +26,8 @@ from picker.core.values import (
 # Above ROWS_MAX endpoints a table keeps its ROWS_KEPT best rows, so that 1,000 remembered decisions stay under 32 MiB.
 ROWS_MAX = 128
 ROWS_KEPT = 32
+# A message names at most this much of what a client called its model.
+NAMED_CHARS = 256
 
 _MESSAGES = {
     RejectionCode.NO_ENDPOINTS: "no model servers are known",
@@ -151,7 +153,7 @@ class Scheduler:
         # A model is unknown for sure only when every endpoint told its models; one that is out of sight may serve it.
         if code is RejectionCode.MODEL_NOT_FOUND and any(state.models is None for state in snapshot.states):
             code = RejectionCode.NO_READY_ENDPOINTS
-        message = _MESSAGES.get(code) or f"the model `{request.model}` does not exist"
+        message = _MESSAGES.get(code) or f"the model `{(request.model or '')[:NAMED_CHARS]}` does not exist"
         table = self._table(snapshot, reasons, (), {}, ())
         return Rejection(request=request, code=code, message=message, table=table, decided_at=now)
 

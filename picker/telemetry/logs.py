@@ -6,6 +6,7 @@ Callers pass fields, never sentences with values inside, and never prompts, head
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import sys
 from typing import TextIO, cast
@@ -25,26 +26,33 @@ class LineBuffer:
     Outside a running loop lines are written at once.
     """
 
-    __slots__ = ("_lines", "_out")
+    __slots__ = ("_lines", "_loop", "_out")
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
         self._lines: list[str] = []
+        # Where a flush is due. A loop that ended before its flush must not hold the lines of the next one back.
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def msg(self, line: str) -> None:
         """Takes one line."""
         self._lines.append(line)
-        if len(self._lines) > 1:
-            return
         try:
-            asyncio.get_running_loop().call_soon(self._flush)
+            loop = asyncio.get_running_loop()
         except RuntimeError:
             self._flush()
+            return
+        if self._loop is not loop:
+            self._loop = loop
+            loop.call_soon(self._flush)
 
     debug = info = warning = error = critical = exception = log = msg
 
     def _flush(self) -> None:
+        self._loop = None
         lines, self._lines = self._lines, []
+        if not lines:
+            return
         self._out.write("\n".join(lines) + "\n")
         self._out.flush()
 
@@ -77,4 +85,8 @@ def configure(level: str, *, style: str = "auto", stream: TextIO | None = None) 
 
 
 def _dumps(fields: object, **_: object) -> str:
-    return msgspec.json.encode(fields, enc_hook=str).decode()
+    try:
+        return msgspec.json.encode(fields, enc_hook=str).decode()
+    except UnicodeEncodeError:
+        # Names of files may hold bytes that are no text.
+        return json.dumps(fields, default=str)

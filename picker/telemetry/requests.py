@@ -2,30 +2,10 @@
 
 from __future__ import annotations
 
-import msgspec
-
-from picker.core.events import Outcome, Usage
+from picker.core.events import Outcome
+from picker.core.record import RequestRecord
 from picker.telemetry.logs import Log
 from picker.telemetry.metrics import Metrics
-
-
-class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What is worth keeping of one finished request. Times in seconds; `status` 0 means the client got none.
-
-    `endpoint` is None when nobody was chosen; the model is then no metric label, since anybody can invent models.
-    """
-
-    id: str
-    path: str
-    status: int
-    outcome: Outcome
-    duration_s: float
-    model: str | None = None
-    endpoint: str | None = None
-    stream: bool = False
-    attempts: int = 0
-    first_byte_s: float | None = None
-    usage: Usage | None = None
 
 
 def record_request(record: RequestRecord, metrics: Metrics, log: Log) -> None:
@@ -35,7 +15,7 @@ def record_request(record: RequestRecord, metrics: Metrics, log: Log) -> None:
     counters.duration_s.observe(record.duration_s)
     if record.first_byte_s is not None:
         counters.first_byte_s.observe(record.first_byte_s)
-    if record.outcome is Outcome.CLIENT_GONE:
+    if record.outcome == Outcome.CLIENT_GONE:
         metrics.disconnects.inc()
     usage = record.usage
     if usage is not None:
@@ -49,7 +29,7 @@ def record_request(record: RequestRecord, metrics: Metrics, log: Log) -> None:
         model=record.model,
         endpoint=record.endpoint,
         status=record.status,
-        outcome=record.outcome.value,
+        outcome=record.outcome,
         stream=record.stream,
         attempts=record.attempts,
         ttft_ms=round(record.first_byte_s * 1000, 3) if record.first_byte_s is not None else None,

@@ -12,5 +12,5 @@ PATIENCE_S = 10.0
 async def until(condition: Callable[[], bool]) -> None:
     """Returns when `condition()` is true; raises TimeoutError when it does not become so."""
     async with asyncio.timeout(PATIENCE_S):
-        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+        while not condition():
             await asyncio.sleep(0.005)

@@ -1,0 +1,1 @@
+"""What every scorer, source or connector must do, run for each one registered."""
