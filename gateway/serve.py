@@ -31,6 +31,7 @@ from picker.extproc.server import ExtProcServer
 from picker.extproc.settings import ExtProcSettings, ResponsePath, SessionSettings, TlsSettings
 from picker.runtime import Runtime
 from picker.telemetry import logs
+from picker.telemetry.requests import record_request
 
 VERSION = importlib.metadata.version("waypost")
 # Connections the kernel holds while the loop is busy: bursts of a few thousand are normal for batch clients.
@@ -121,7 +122,7 @@ def gateway_server(runtime: Runtime, sock: socket.socket) -> tuple[HttpServer, R
     )
     server_config = uvicorn.Config(
         build_app(runtime, relay),
-        http=limited(headers),
+        http=limited(headers, runtime.upstream.outbox),
         ws="none",
         lifespan="off",
         access_log=False,
@@ -208,7 +209,10 @@ async def _picker(config: Config) -> int:
         _extproc_settings(config),
         clock=runtime.director.clock,
         ready=runtime.ready,
+        on_report=lambda record: record_request(record, runtime.metrics, runtime.log),
     )
+    runtime.metrics.extproc_streams.set_function(lambda: door.open_streams)
+    runtime.metrics.bodies_bytes.set_function(lambda: door.held_bytes)
     stop = Signals()
     await runtime.start()
     await runtime.synced(5.0)
@@ -278,7 +282,7 @@ def _extproc_settings(config: Config) -> ExtProcSettings:
     files = door.cert_path
     tls = TlsSettings()
     if files is not None:
-        tls = TlsSettings(cert_file=str(files / "tls.crt"), key_file=str(files / "tls.key"))
+        tls = TlsSettings(cert_file=str(files / "tls.crt"), key_file=str(files / "tls.key"), reload=door.cert_reload)
     return ExtProcSettings(
         host=door.host,
         port=door.grpc_port,
@@ -289,7 +293,9 @@ def _extproc_settings(config: Config) -> ExtProcSettings:
             fallbacks=door.fallbacks,
             use_subset=door.subset_filter,
             rewrites=bool(config.models),
+            emit_scores=door.emit_scores,
             max_body_bytes=config.limits.body,
+            receive_timeout_s=config.timeouts.request_body,
             exchange_timeout_s=door.deadline,
         ),
         max_streams=door.max_streams,

@@ -204,15 +204,19 @@ class Datastore:
             record.health.dispatched(request.key, now)
             self._touch(record)
 
-    def progressed(self, key: int, now: float) -> None:
-        """Body bytes of a request arrived."""
+    def progressed(self, key: int, now: float, *, refused: bool = False) -> None:
+        """Body bytes of a request arrived. Those of an error (`refused`) prove a front end, not an engine."""
         flight = self.ledger.flight(key)
         if flight is None:
             return
         first = flight.first_byte_at is None
-        self.ledger.progress(key, now)
+        self.ledger.progress(key, now, works=not refused)
         record = self._records.get(flight.endpoint_id)
         if record is None:
+            return
+        if refused:
+            record.health.alive()
+            self._touch(record)
             return
         if not flight.telling and self._has_counters(record, now):
             record.health.answered()

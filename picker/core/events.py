@@ -40,10 +40,14 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FirstByte(msgspec.Struct, frozen=True):
-    """The first body byte arrived (behind Envoy without the response body: the response headers)."""
+    """The first body byte arrived (behind Envoy without the response body: the response headers).
+
+    `refused` says that the answer is an error: a front end can write one without a working engine.
+    """
 
     key: int
     at: float
+    refused: bool = False
 
 
 class Progress(msgspec.Struct, frozen=True):

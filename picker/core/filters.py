@@ -94,8 +94,8 @@ class TriedFilter(msgspec.Struct, frozen=True):
 class ModelFilter(msgspec.Struct, frozen=True):
     """Keeps endpoints that serve the model, and those whose models are unknown.
 
-    When nobody serves it, that is final only for requests with `strict_model`; otherwise all stay and the engine
-    answers.
+    When nobody who is not out serves it, that is final only for requests with `strict_model`; otherwise all stay and
+    the engine answers.
     """
 
     name: str = "model"
@@ -109,9 +109,14 @@ class ModelFilter(msgspec.Struct, frozen=True):
         verdicts: list[str | None] = [
             None if state.models is None or model in state.models else "does not serve the model" for state in states
         ]
-        if not request.strict_model and None not in verdicts:
-            return [None] * len(states)
-        return verdicts
+        if request.strict_model or _anybody_left(states, verdicts):
+            return verdicts
+        return [None] * len(states)
+
+
+def _anybody_left(states: Sequence[EndpointState], verdicts: Verdicts) -> bool:
+    pairs = zip(states, verdicts, strict=True)
+    return any(verdict is None and state.standing is not Standing.OUT for state, verdict in pairs)
 
 
 class LabelFilter(msgspec.Struct, frozen=True):

@@ -164,8 +164,10 @@ class Ledger:
         load.record(now, 1)
         self._flights[request.key] = flight
 
-    def progress(self, key: int, now: float) -> Flight | None:
-        """Notes body bytes of a request. Returns its flight, None when it is not reserved."""
+    def progress(self, key: int, now: float, *, works: bool = True) -> Flight | None:
+        """Notes body bytes of a request; with `works` they show that the engine works. Returns its flight, None when it
+        is not reserved.
+        """
         flight = self._flights.get(key)
         if flight is None:
             return None
@@ -173,6 +175,8 @@ class Ledger:
         if flight.first_byte_at is None:
             flight.first_byte_at = now
         flight.progress_at = now
+        if not works:
+            return flight
         load.progress_at = now
         if flight.telling:
             load.proof_at = now
