@@ -1,6 +1,7 @@
 """The gateway's ASGI app: FastAPI for what is ours to answer, the relay for everything that goes to an engine.
 
-Inference calls skip FastAPI's routing: one look at the path, then straight into the relay.
+Inference calls skip FastAPI's routing: one look at the path, then straight into the relay. Every answer made here gets
+its request id.
 """
 
 from __future__ import annotations
@@ -8,17 +9,17 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
 from gateway.headers import by_name
 from gateway.intake import request_id
 from gateway.relay import Relay
 from picker.openai import errors
-from picker.openai.routes import Dialect
 from picker.runtime import Runtime
 
 _OWN = frozenset(("/v1/models", "/health", "/version", "/openapi.json", "/docs"))
+_UNCERTAIN = "the models of some endpoints are not known at the moment"
 
 
 class GatewayApp(FastAPI):
@@ -34,7 +35,18 @@ class GatewayApp(FastAPI):
             if not own or scope["method"] not in ("GET", "HEAD"):
                 await self.relay(scope, receive, send)
                 return
+            scope = {**scope, "method": "GET"}
+            send = _identified(send, request_id(by_name(scope["headers"])))
         await super().__call__(scope, receive, send)
+
+
+def _identified(send: Any, ident: str) -> Any:
+    async def send_identified(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message["headers"], (b"x-request-id", ident.encode("latin-1"))]
+        await send(message)
+
+    return send_identified
 
 
 def build(runtime: Runtime, relay: Relay) -> GatewayApp:
@@ -49,29 +61,30 @@ def build(runtime: Runtime, relay: Relay) -> GatewayApp:
     started = int(time.time())
 
     @app.get("/v1/models")
-    async def models(request: Request) -> Response:
+    async def models() -> Response:
         """The models all endpoints serve together, and the configured aliases."""
         cards = [_card(name, started) for name in served_models(runtime)]
-        return _json({"object": "list", "data": cards}, request)
+        return JSONResponse({"object": "list", "data": cards})
 
     @app.get("/v1/models/{model:path}")
-    async def model(model: str, request: Request) -> Response:
-        """One model, 404 when no endpoint serves it."""
-        if model not in served_models(runtime):
-            error = errors.model_not_found(model)
-            headers = {**dict(errors.error_headers(error)), **_identified(request)}
-            return Response(errors.render_error(error, dialect=Dialect.OPENAI), error.status, headers)
-        return _json(_card(model, started), request)
+    async def model(model: str) -> Response:
+        """One model; 404 when no endpoint serves it, 503 while that cannot be told."""
+        if model in served_models(runtime):
+            return JSONResponse(_card(model, started))
+        states = runtime.director.snapshot().states
+        certain = states and all(state.models is not None for state in states)
+        error = errors.model_not_found(model) if certain else errors.no_ready_endpoints(_UNCERTAIN)
+        return Response(errors.render_error(error), error.status, dict(errors.error_headers(error)))
 
     @app.get("/health")
-    async def health(request: Request) -> Response:
+    async def health() -> Response:
         """What load balancers ask: 200 when ready, 503 otherwise. Reasons are on the admin port's /readyz."""
-        return Response(status_code=200 if runtime.ready() else 503, headers=_identified(request))
+        return Response(status_code=200 if runtime.ready() else 503)
 
     @app.get("/version")
-    async def version(request: Request) -> Response:
+    async def version() -> Response:
         """The version of Waypost."""
-        return _json({"version": runtime.version}, request)
+        return JSONResponse({"version": runtime.version})
 
     return app
 
@@ -91,11 +104,3 @@ def served_models(runtime: Runtime) -> list[str]:
 
 def _card(name: str, created: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": "waypost"}
-
-
-def _json(content: Any, request: Request) -> Response:
-    return JSONResponse(content, headers=_identified(request))
-
-
-def _identified(request: Request) -> dict[str, str]:
-    return {"x-request-id": request_id(by_name(request.scope["headers"]))}

@@ -57,7 +57,17 @@ def to_engine(
 
 def to_client(headers: Iterable[tuple[bytes, bytes]], ours: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     """An engine's headers as the client gets them, followed by ours."""
-    passed = [(name, value) for name, value in headers if name.lower() not in _NOT_DOWNSTREAM]
+    passed = []
+    named = b""
+    for item in headers:
+        name = item[0].lower()
+        if name not in _NOT_DOWNSTREAM:
+            passed.append(item)
+        elif name == b"connection" and item[1] not in (b"close", b"keep-alive"):
+            named += b"," + item[1]
+    if named:
+        dropped = {token.strip().lower() for token in named.split(b",")}
+        passed = [item for item in passed if item[0].lower() not in dropped]
     passed.extend(ours)
     return passed
 

@@ -20,7 +20,7 @@ from picker.openai import errors
 from picker.openai.edit import EditError
 from picker.openai.errors import ApiError
 from picker.openai.fleet import safe_request_id
-from picker.openai.parse import BadRequest, ParsedBody, parse_body
+from picker.openai.parse import BadRequest, parse_body
 from picker.openai.rewrite import rewrite_model, strip_fleet_fields
 from picker.openai.routes import PASSTHROUGH_ROUTE, Dialect, Route, RouteKind, allowed
 
@@ -30,7 +30,15 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 # Session hints in headers, most specific first: the reference's session header, then what agents commonly send.
 _SESSION_HEADERS = (b"x-session-id", b"x-conversation-id")
-_DIGITS = re.compile(rb"[0-9]{1,18}")
+_DIGITS = re.compile(rb"[0-9]{1,20}")
+
+
+_LATE = ApiError(
+    status=408,
+    code="request_timeout",
+    type="invalid_request_error",
+    message="the request body did not arrive in time",
+)
 
 
 class ClientGone(Exception):
@@ -45,25 +53,29 @@ class BodyLimits(msgspec.Struct, frozen=True):
 
 
 class Intake(msgspec.Struct):
-    """One accepted request: what the scheduler sees, what the engine gets, and what must be given back."""
+    """One accepted request: what the scheduler sees and what the engine gets.
+
+    `rename` is the name the engine knows and the one the client used; `stored_id` the response it builds upon.
+    """
 
     request: InferenceRequest
     route: Route
-    parsed: ParsedBody
     body: bytes
     target: str
     rename: tuple[str, str] | None = None
+    stored_id: str | None = None
 
 
 class BodyReader:
     """Reads one body against its own limit and the budget of all bodies. `release` gives the budget back, once."""
 
-    __slots__ = ("_budget", "_limits", "_reserved_bytes")
+    __slots__ = ("_budget", "_late_at", "_limits", "_reserved_bytes")
 
     def __init__(self, budget: BodyBudget, limits: BodyLimits) -> None:
         self._budget = budget
         self._limits = limits
         self._reserved_bytes = 0
+        self._late_at: float | None = None
 
     async def read(self, headers: Headers, receive: Receive, *, arrived: bool) -> bytes | ApiError:
         """The whole body. A declared length is reserved before a byte is read; an undeclared one as it comes.
@@ -105,11 +117,14 @@ class BodyReader:
         self._reserved_bytes = 0
 
     async def _next(self, receive: Receive) -> MutableMapping[str, Any] | ApiError:
+        if self._late_at is None:
+            # One deadline for the whole body: drops of it must not hold a place and a reservation for ever.
+            self._late_at = asyncio.get_running_loop().time() + self._limits.timeout_s
         try:
-            async with asyncio.timeout(self._limits.timeout_s):
+            async with asyncio.timeout_at(self._late_at):
                 return await receive()
         except TimeoutError:
-            return errors.bad_request("the request body did not arrive in time", code="request_timeout")
+            return _LATE
 
     def _reserve(self, total_bytes: int) -> ApiError | None:
         if total_bytes > self._limits.size_bytes:
@@ -147,6 +162,12 @@ def find_route(method: str, raw_path: bytes, extra_paths: frozenset[str]) -> Rou
     if method not in route.methods:
         return errors.method_not_allowed(method, route.methods)
     return route
+
+
+def allow_header(raw_path: bytes) -> bytes:
+    """The value of the Allow header that goes with a 405."""
+    route = allowed(raw_path.decode("latin-1")) or PASSTHROUGH_ROUTE
+    return ", ".join(route.methods).encode()
 
 
 def understand(
@@ -190,7 +211,7 @@ def understand(
         session=_session(headers) or parsed.session_hint,
         strict_model=True,
     )
-    return Intake(request, route, parsed, body, target, rename)
+    return Intake(request, route, body, target, rename, route.resource_id or parsed.previous_response_id)
 
 
 def dialect_of(raw_path: bytes) -> Dialect:

@@ -8,6 +8,7 @@ the brain.
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ from gateway.intake import (
     Intake,
     Receive,
     Scope,
+    allow_header,
     dialect_of,
     find_route,
     is_stateful,
@@ -33,15 +35,17 @@ from gateway.intake import (
     target_of,
     understand,
 )
+from gateway.verdicts import verdict
 from picker.core.events import FailureKind, Finished, FirstByte, Outcome, Progress, Usage
-from picker.core.values import Decision, Rejection, RejectionCode
+from picker.core.record import RequestRecord
+from picker.core.values import Decision
 from picker.director import Answer, Director, Failure, Guard
 from picker.openai import errors
 from picker.openai.errors import ApiError
 from picker.openai.routes import RouteKind
 from picker.telemetry.logs import Log
 from picker.telemetry.metrics import Metrics
-from picker.telemetry.requests import RequestRecord, record_request
+from picker.telemetry.requests import record_request
 from picker.upstream.client import Upstream
 from picker.upstream.connection import Response
 
@@ -68,6 +72,8 @@ class Exchange:
 
     __slots__ = (
         "attempts",
+        "connection",
+        "cut",
         "decision",
         "dialect",
         "first_byte_at",
@@ -80,6 +86,7 @@ class Exchange:
         "outcome",
         "path",
         "received_at",
+        "refused",
         "scope",
         "send",
         "status",
@@ -90,6 +97,7 @@ class Exchange:
     def __init__(self, scope: Scope, send: Send, *, key: int, now: float) -> None:
         self.scope = scope
         self.send = send
+        self.connection: GatewayProtocol = scope[CONNECTION]
         self.key = key
         self.headers = by_name(scope["headers"])
         self.ident = request_id(self.headers)
@@ -102,14 +110,18 @@ class Exchange:
         self.first_byte_at: float | None = None
         self.last_told_at = 0.0
         self.decision: Decision | None = None
+        self.refused: tuple[Answer, Decision] | None = None
         self.attempts = 0
+        self.cut = False
         self.status = 0
         self.outcome = Outcome.REJECTED
         self.usage: Usage | None = None
 
 
 class Relay:
-    """The ASGI callable. One per gateway."""
+    """The ASGI callable. One per gateway. `active` counts the requests in progress, and goes on counting those that the
+    end of the process cut.
+    """
 
     def __init__(
         self,
@@ -138,46 +150,62 @@ class Relay:
         """Serves one request, whatever happens: exactly one answer, one log line, nothing left in the books."""
         now = self._director.clock()
         exchange = Exchange(scope, send, key=self._director.new_key(), now=now)
-        connection: GatewayProtocol = scope[CONNECTION]
-        connection.on_gone = exchange.guard.client_left
+        exchange.connection.on_gone = exchange.guard.client_left
         self.active += 1
         try:
-            await self._serve(exchange, receive, connection)
+            await self._serve(exchange, receive)
         except asyncio.CancelledError:
-            if not exchange.guard.gone:
-                raise
-            exchange.outcome = Outcome.CLIENT_GONE
+            if exchange.guard.gone:
+                exchange.outcome = Outcome.CLIENT_GONE
+            else:
+                evicted = exchange.guard.absorb() is not None
+                exchange.cut = not evicted
+                exchange.outcome = Outcome.TIMEOUT if evicted else Outcome.FAILED
+                await self._give_up(exchange, errors.upstream_timeout() if evicted else errors.shutting_down())
         except ClientGone:
             exchange.outcome = Outcome.CLIENT_GONE
+        except Exception:
+            exchange.outcome = Outcome.FAILED
+            self._log.error("relay_failed", id=exchange.ident, trace=traceback.format_exc())
+            await self._give_up(exchange, errors.internal_error())
         finally:
-            connection.on_gone = None
-            self.active -= 1
+            exchange.connection.on_gone = None
+            self.active -= not exchange.cut
             self._conclude(exchange)
 
-    async def _serve(self, exchange: Exchange, receive: Receive, connection: GatewayProtocol) -> None:
+    async def _give_up(self, exchange: Exchange, error: ApiError) -> None:
+        """The end of a request that went wrong where nobody expected it."""
+        if exchange.status:
+            exchange.connection.cut()
+        else:
+            await self._refuse(exchange, error)
+
+    async def _serve(self, exchange: Exchange, receive: Receive) -> None:
         reader = BodyReader(self._budget, self._settings.body)
         try:
-            intake = await self._take_in(exchange, receive, reader, connection)
+            intake = await self._take_in(exchange, receive, reader)
             if isinstance(intake, ApiError):
                 await self._refuse(exchange, intake)
                 return
-            connection.resume_body()
-            result, decision, attempts = await self._director.dispatch(
+            exchange.connection.resume_body()
+            result, exchange.decision, exchange.attempts = await self._director.dispatch(
                 intake.request, exchange.guard, self._attempt(exchange, intake)
             )
+            # No attempt needs it any more, and its place in the budget is about to be given away.
+            intake.body = b""
         finally:
             reader.release()
-        exchange.decision, exchange.attempts = decision, attempts
         if isinstance(result, Committed):
             await self._deliver(exchange, intake, result)
-        elif isinstance(result, Failure) and result.answer is not None:
-            await self._pass_on(exchange, result.answer)
-        else:
-            await self._refuse(exchange, self._verdict(result, intake, attempts))
+            return
+        if isinstance(result, Failure) and exchange.refused is not None:
+            # What an engine said about its trouble tells more than our words about the last attempt.
+            answer, exchange.decision = exchange.refused
+            await self._pass_on(exchange, answer)
+            return
+        await self._refuse(exchange, verdict(result, intake.stored_id, attempts=exchange.attempts))
 
-    async def _take_in(
-        self, exchange: Exchange, receive: Receive, reader: BodyReader, connection: GatewayProtocol
-    ) -> Intake | ApiError:
+    async def _take_in(self, exchange: Exchange, receive: Receive, reader: BodyReader) -> Intake | ApiError:
         scope = exchange.scope
         route = find_route(scope["method"], scope["raw_path"], self._settings.extra_paths)
         if isinstance(route, ApiError):
@@ -188,7 +216,7 @@ class Relay:
             return errors.shutting_down()
         if self.active > self._settings.concurrent_requests:
             return errors.saturated("too many requests are in progress; try again shortly")
-        body = await reader.read(exchange.headers, receive, arrived=connection.body_arrived)
+        body = await reader.read(exchange.headers, receive, arrived=exchange.connection.body_arrived)
         if isinstance(body, ApiError):
             return body
         intake = understand(
@@ -208,7 +236,7 @@ class Relay:
 
     def _pin(self, intake: Intake) -> Intake | ApiError:
         """Sends a request that names a stored response to the endpoint that holds it, and nowhere else."""
-        ident = intake.route.resource_id or intake.parsed.previous_response_id
+        ident = intake.stored_id
         if ident is None:
             return intake
         home = self._homes.home(ident, self._director.clock())
@@ -228,61 +256,76 @@ class Relay:
             headers = to_engine(
                 scope["headers"], exchange.headers, exchange.ident.encode(), upstream.authorization(endpoint)
             )
-            opened = await upstream.open(endpoint, scope["method"], intake.target, headers, intake.body or None)
+            opened = await upstream.open(endpoint, scope["method"], intake.target, headers, intake.body)
             if isinstance(opened, FailureKind):
                 return Failure(opened)
             try:
-                return await self._first_byte(exchange, opened)
+                return await self._first_byte(exchange, opened, decision)
             except BaseException:
                 opened.close()
                 raise
 
         return attempt
 
-    async def _first_byte(self, exchange: Exchange, response: Response) -> Committed | Failure:
+    async def _first_byte(self, exchange: Exchange, response: Response, decision: Decision) -> Committed | Failure:
         first = await response.read()
-        if isinstance(first, FailureKind):
+        if isinstance(first, FailureKind) or (not first and response.unframed and response.status < 300):
             response.close()
-            return Failure(first)
+            return Failure(FailureKind.RESET)
         if response.status in RETRY_STATUSES:
-            answer = await _refusal(response, first)
+            body = await _beginning(response, first)
             overloaded = response.status in (503, 529)
-            return Failure(FailureKind.OVERLOADED if overloaded else FailureKind.SERVER_ERROR, answer=answer)
+            if isinstance(body, bytes):
+                exchange.refused = (Answer(response.status, response.headers, body), decision)
+            response.close()
+            return Failure(FailureKind.OVERLOADED if overloaded else FailureKind.SERVER_ERROR)
         now = self._director.clock()
         exchange.first_byte_at = exchange.last_told_at = now
-        if response.status < 500:
-            # A 500 passes to the client like any answer, but it is no sign of a working engine.
-            self._director.observe(FirstByte(exchange.key, now))
+        self._director.observe(FirstByte(exchange.key, now, refused=response.status >= 400))
         return Committed(response, first)
 
     async def _deliver(self, exchange: Exchange, intake: Intake, committed: Committed) -> None:
         response = committed.response
         exchange.outcome = Outcome.CLIENT_GONE
         try:
-            if response.status >= 400 and not response.header(b"content-type").startswith(b"text/event-stream"):
-                answer = await _refusal(response, committed.first)
-                if answer is None:
-                    exchange.outcome = Outcome.FAILED
-                    await self._refuse(exchange, errors.upstream_reset())
-                else:
-                    exchange.outcome = Outcome.COMPLETED
-                    await self._pass_on(exchange, answer)
+            if response.status >= 400 and await self._deliver_error(exchange, committed):
                 return
             exchange.status = response.status
             delivery = Delivery(
                 committed,
                 exchange.send,
+                exchange.connection,
                 dialect=exchange.dialect,
                 rename=intake.rename,
-                wants_id=intake.route.kind is RouteKind.RESPONSES,
                 on_chunk=lambda: self._progress(exchange),
+                on_id=self._learner(exchange) if intake.route.kind is RouteKind.RESPONSES else None,
             )
             headers = to_client(response.headers, self._our_headers(exchange))
             delivered = await delivery.run(headers, exchange.guard)
-            exchange.outcome = delivered.outcome
+            exchange.outcome, exchange.cut = delivered.outcome, delivered.cut
+            if delivered.error is not None:
+                await self._refuse(exchange, delivered.error)
             self._learn(exchange, intake, delivered)
         finally:
             response.close()
+
+    async def _deliver_error(self, exchange: Exchange, committed: Committed) -> bool:
+        """An engine's error answer, except a stream, and except JSON too long to hold: that passes as it comes."""
+        response = committed.response
+        content_type = response.header(b"content-type").lower()
+        if content_type.startswith(b"text/event-stream"):
+            return False
+        body = await _beginning(response, committed.first)
+        if isinstance(body, FailureKind):
+            exchange.outcome = Outcome.FAILED
+            await self._refuse(exchange, errors.upstream_reset())
+            return True
+        if not response.finished and b"json" in content_type:
+            committed.first = body
+            return False
+        exchange.outcome = Outcome.COMPLETED
+        await self._pass_on(exchange, Answer(response.status, response.headers, body))
+        return True
 
     def _progress(self, exchange: Exchange) -> None:
         now = self._director.clock()
@@ -290,13 +333,16 @@ class Relay:
             exchange.last_told_at = now
             self._director.observe(Progress(exchange.key, now))
 
+    def _learner(self, exchange: Exchange) -> Callable[[str], None]:
+        """Notes where a stored response lives as soon as its id is seen: it may be cancelled while it streams."""
+
+        def learn(ident: str) -> None:
+            if exchange.decision is not None:
+                self._homes.remember(ident, exchange.decision.endpoint.id, self._director.clock())
+
+        return learn
+
     def _learn(self, exchange: Exchange, intake: Intake, delivered: Delivered) -> None:
-        decision = exchange.decision
-        if decision is None:
-            return
-        now = self._director.clock()
-        if delivered.response_id is not None:
-            self._homes.remember(delivered.response_id, decision.endpoint.id, now)
         ident = intake.route.resource_id
         if ident is not None and exchange.scope["method"] == "DELETE" and exchange.status < 300:
             self._homes.forget(ident)
@@ -318,8 +364,10 @@ class Relay:
         body = errors.render_error(error, dialect=exchange.dialect, request_id=exchange.ident)
         headers = [(name.encode(), value.encode("latin-1", "replace")) for name, value in errors.error_headers(error)]
         headers += [*self._our_headers(exchange), (b"content-length", str(len(body)).encode())]
-        if error.status in (413, 429) or error.code == "request_timeout":
-            # The rest of the body is not read, so the connection cannot be used again.
+        if error.status == 405:
+            headers.append((b"allow", allow_header(exchange.scope["raw_path"])))
+        if not exchange.connection.body_arrived:
+            # Nobody reads the rest of the body, so the connection cannot be used again.
             headers.append((b"connection", b"close"))
         await self._send_all(exchange, error.status, headers, body)
 
@@ -327,16 +375,6 @@ class Relay:
         exchange.status = status
         await exchange.send({"type": "http.response.start", "status": status, "headers": headers})
         await exchange.send({"type": "http.response.body", "body": body, "more_body": False})
-
-    def _verdict(self, result: Failure | Rejection, intake: Intake, attempts: int) -> ApiError:
-        if isinstance(result, Rejection):
-            return _rejection_error(result, intake)
-        retried = attempts > 1
-        if result.kind is FailureKind.CONNECT:
-            return errors.upstream_unreachable(retried=retried)
-        if result.kind in (FailureKind.TIMEOUT, FailureKind.HUNG):
-            return errors.upstream_timeout(retried=retried)
-        return errors.upstream_reset(retried=retried)
 
     def _our_headers(self, exchange: Exchange) -> list[tuple[bytes, bytes]]:
         headers = [(b"x-request-id", exchange.ident.encode("latin-1"))]
@@ -363,7 +401,7 @@ class Relay:
             id=exchange.ident,
             path=exchange.path,
             status=status,
-            outcome=exchange.outcome,
+            outcome=exchange.outcome.value,
             duration_s=now - exchange.received_at,
             model=exchange.model,
             endpoint=decision.endpoint.id if decision is not None else None,
@@ -375,35 +413,15 @@ class Relay:
         record_request(record, self._metrics, self._log)
 
 
-async def _refusal(response: Response, first: bytes) -> Answer | None:
-    """The rest of an engine's error answer, None when it is too large or breaks off."""
+async def _beginning(response: Response, first: bytes) -> bytes | FailureKind:
+    """An engine's error body, or its first KEPT_REFUSAL_BYTES; RESET when it breaks off."""
     parts, size_bytes = [first], len(first)
-    while not response.finished:
+    while not response.finished and size_bytes <= KEPT_REFUSAL_BYTES:
         chunk = await response.read()
-        if isinstance(chunk, FailureKind) or size_bytes > KEPT_REFUSAL_BYTES:
-            response.close()
-            return None
+        if isinstance(chunk, FailureKind):
+            return chunk
         if not chunk:
             break
         parts.append(chunk)
         size_bytes += len(chunk)
-    response.close()
-    return Answer(response.status, response.headers, b"".join(parts))
-
-
-def _rejection_error(rejection: Rejection, intake: Intake) -> ApiError:
-    match rejection.code:
-        case RejectionCode.MODEL_NOT_FOUND:
-            return errors.model_not_found(intake.request.model or "")
-        case RejectionCode.RESPONSE_GONE:
-            return errors.response_gone(intake.route.resource_id or intake.parsed.previous_response_id or "")
-        case RejectionCode.SATURATED:
-            return errors.saturated()
-        case RejectionCode.NO_ENDPOINTS:
-            return errors.no_endpoints()
-        case RejectionCode.SUBSET_EMPTY:
-            return errors.subset_empty()
-        case RejectionCode.SHUTTING_DOWN:
-            return errors.shutting_down()
-        case RejectionCode.NO_READY_ENDPOINTS:
-            return errors.no_ready_endpoints()
+    return b"".join(parts)

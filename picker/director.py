@@ -158,7 +158,9 @@ class Director:
     def observe(self, event: Event) -> None:
         """Takes in what happened to a request."""
         match event:
-            case Progress(key, at) | FirstByte(key, at):
+            case FirstByte(key, at, refused):
+                self.datastore.progressed(key, at, refused=refused)
+            case Progress(key, at):
                 self.datastore.progressed(key, at)
             case Finished():
                 self._watchers.pop(event.key, None)

@@ -9,7 +9,9 @@ import asyncio
 import json
 import logging
 import sys
-from typing import TextIO, cast
+import time
+from collections.abc import MutableMapping
+from typing import Any, TextIO, cast
 
 import msgspec
 import structlog
@@ -18,6 +20,26 @@ from structlog.typing import FilteringBoundLogger, Processor
 Log = FilteringBoundLogger
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+
+
+class Stamp:
+    """Adds the time in UTC, ISO 8601 with milliseconds. The text of a second is made once."""
+
+    __slots__ = ("_second", "_text")
+
+    def __init__(self) -> None:
+        self._second = -1
+        self._text = ""
+
+    def __call__(self, logger: object, name: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        """The structlog processor."""
+        now = time.time()
+        second = int(now)
+        if second != self._second:
+            self._second = second
+            self._text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        fields["timestamp"] = f"{self._text}.{int((now - second) * 1000):03d}Z"
+        return fields
 
 
 class LineBuffer:
@@ -64,8 +86,7 @@ def configure(level: str, *, style: str = "auto", stream: TextIO | None = None) 
     """
     out = stream or sys.stderr
     console = style == "console" or (style == "auto" and out.isatty())
-    stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
-    shared: list[Processor] = [structlog.processors.add_log_level, stamp]
+    shared: list[Processor] = [structlog.processors.add_log_level, Stamp()]
     logging.basicConfig(level=logging.ERROR, stream=out, format="%(message)s", force=True)
     for noisy in ("uvicorn", "uvicorn.error", "uvicorn.access", "asyncio", "aiohttp", "grpc"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)

@@ -18,6 +18,7 @@ from picker.core.updates import ProbeFailure
 from picker.core.values import Endpoint
 from picker.upstream.connection import RawHeaders, Response
 from picker.upstream.credentials import Credentials, tls_context
+from picker.upstream.outbox import Outbox
 from picker.upstream.pool import Pool
 
 # A length is expected with these even when it is zero (RFC 9110 section 8.6).
@@ -39,6 +40,7 @@ class Upstream:
     def __init__(self, credentials: Mapping[str, Credentials], *, connect_timeout_s: float) -> None:
         self._credentials = {"": Credentials(), **credentials}
         self._connect_timeout_s = connect_timeout_s
+        self.outbox = Outbox()
         self._contexts: dict[str, ssl.SSLContext] = {}
         self._pools: dict[tuple[str, str], tuple[Pool, bytes]] = {}
         self._authorizations = {
@@ -112,6 +114,7 @@ class Upstream:
             pool = Pool(
                 parts.hostname or "",
                 parts.port or (443 if secure else 80),
+                self.outbox,
                 context=self._contexts[credentials] if secure else None,
                 server_name=self._credentials[credentials].server_name,
             )

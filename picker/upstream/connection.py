@@ -14,6 +14,7 @@ from typing import Protocol, cast
 import httptools
 
 from picker.core.events import FailureKind
+from picker.upstream.outbox import Outbox
 
 # Reading pauses above this much unread body; a client that does not keep up slows its engine, not our memory.
 BUFFER_BYTES = 256 * 2**10
@@ -33,27 +34,31 @@ class Connection(asyncio.Protocol):
     """A connection and the exchange on it. The exchange is over when `finished` or `failed`."""
 
     __slots__ = (
+        "_body_seen",
         "_chunks",
         "_header_bytes",
         "_headers",
         "_headers_done",
         "_home",
         "_loop",
+        "_outbox",
         "_parser",
         "_paused",
+        "_quiet_bytes",
         "_reusable",
         "_size_bytes",
         "_transport",
-        "_until_close",
         "_waiter",
         "failed",
         "finished",
         "idle_since",
         "status",
+        "until_close",
     )
 
-    def __init__(self, home: Home, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, home: Home, outbox: Outbox, loop: asyncio.AbstractEventLoop) -> None:
         self._home = home
+        self._outbox = outbox
         self._loop = loop
         self._transport: asyncio.Transport | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -68,8 +73,10 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._headers: list[tuple[bytes, bytes]] = []
         self._header_bytes = 0
+        self._quiet_bytes = 0
         self._headers_done = False
-        self._until_close = False
+        self._body_seen = False
+        self.until_close = False
         self._reusable = False
         self._chunks: list[bytes] = []
         self._size_bytes = 0
@@ -85,14 +92,16 @@ class Connection(asyncio.Protocol):
         """Whether the transport is there for another exchange."""
         return self._transport is not None and not self._transport.is_closing() and not self.failed
 
-    async def exchange(self, head: bytes, body: bytes | None) -> Response | FailureKind:
+    async def exchange(self, head: bytes, body: bytes) -> Response | FailureKind:
         """Sends a request and waits for the response's headers. Cancelling cuts the connection."""
+        if not self.usable:
+            # A connection lost before this would wake nobody.
+            return FailureKind.RESET
         self._begin()
         transport = cast(asyncio.Transport, self._transport)
+        self._outbox.write(transport, head)
         if body:
-            transport.writelines((head, body))
-        else:
-            transport.write(head)
+            self._outbox.write(transport, body)
         try:
             while not self._headers_done:
                 if self.failed:
@@ -125,10 +134,15 @@ class Connection(asyncio.Protocol):
 
     def release(self) -> None:
         """Ends the exchange: back to the pool if it is complete and the peer keeps the connection, cut otherwise."""
-        if self.drained and self._reusable and self.usable:
+        if self.drained and self._reusable and self.usable and not self._unsent:
             self._home.put(self)
         else:
             self.abort()
+
+    @property
+    def _unsent(self) -> bool:
+        """Whether a part of the request is still to be sent: the answer came early."""
+        return self._transport is not None and self._transport.get_write_buffer_size() > 0
 
     def abort(self) -> None:
         """Cuts the connection, which aborts whatever the engine is doing for it."""
@@ -165,6 +179,11 @@ class Connection(asyncio.Protocol):
             # An answer that was complete before the nonsense began stands; the connection does not.
             self.failed = not self.finished
             self._reusable = False
+        # Unfinished lines reach no callback; they must not pile up in the parser.
+        self._quiet_bytes = 0 if self._body_seen else self._quiet_bytes + len(data)
+        self._body_seen = False
+        if self._quiet_bytes > 2 * HEADERS_BYTES:
+            self.failed = not self.finished
         if self._size_bytes > BUFFER_BYTES and not self._paused and self._transport is not None:
             self._paused = True
             self._transport.pause_reading()
@@ -173,19 +192,25 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone; that ends a body without a length, and breaks any other."""
         if not self.finished:
-            self.finished = self._until_close and exc is None
+            self.finished = self.until_close and exc is None
             self.failed = not self.finished
         self._reusable = False
         self._wake()
 
     # -- httptools ----------------------------------------------------------------------------------
 
+    def on_message_begin(self) -> None:
+        """An answer starts. A second one was asked for by nobody, and must not become a part of the first."""
+        if self.finished:
+            raise httptools.HttpParserError("more than one answer")
+
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One response header."""
+        """One response header. Trailers are counted and dropped."""
         self._header_bytes += len(name) + len(value) + 4
         if self._header_bytes > HEADERS_BYTES:
             raise httptools.HttpParserError("header section too large")
-        self._headers.append((name, value))
+        if not self._headers_done:
+            self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         """The header section is complete. Interim answers (1xx) are not the answer."""
@@ -194,17 +219,17 @@ class Connection(asyncio.Protocol):
             self._headers = []
             return
         self.status = status
+        if status >= 600:
+            raise httptools.HttpParserError("no such status")
         self._headers_done = True
         self._reusable = self._parser.should_keep_alive()
-        framed = status in (204, 304) or any(
-            name.lower() in (b"content-length", b"transfer-encoding") for name, _ in self._headers
-        )
-        self._until_close = not framed
+        self.until_close = status not in (204, 304) and not any(map(_frames, self._headers))
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body."""
         self._chunks.append(body)
         self._size_bytes += len(body)
+        self._body_seen = True
 
     def on_message_complete(self) -> None:
         """The end of the body."""
@@ -212,15 +237,23 @@ class Connection(asyncio.Protocol):
             self.finished = True
 
 
+def _frames(header: tuple[bytes, bytes]) -> bool:
+    """Whether a header tells where the body ends."""
+    name = header[0].lower()
+    return name == b"content-length" or (name == b"transfer-encoding" and header[1].lower().endswith(b"chunked"))
+
+
 class Response:
     """An open response. Whoever holds it must `close` it; closing before the end aborts the request on the engine."""
 
-    __slots__ = ("_connection", "headers", "status")
+    __slots__ = ("_connection", "headers", "status", "unframed")
 
     def __init__(self, connection: Connection, headers: tuple[tuple[bytes, bytes], ...]) -> None:
         self._connection = connection
         self.status = connection.status
         self.headers = headers
+        # Only the end of the connection tells the end of the body.
+        self.unframed = connection.until_close
 
     def header(self, name: bytes) -> bytes:
         """The first value of a header (`name` in lower case), empty when absent."""

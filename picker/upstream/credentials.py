@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """One entry of the configuration's `credentials`. The key never shows in a repr."""
+    """One entry of the configuration's `credentials`. The key never shows in a repr.
+
+    Raises ValueError for a key that no header may carry.
+    """
 
     api_key: str | None = field(default=None, repr=False)
     ca: str | None = None
@@ -16,6 +19,10 @@ class Credentials:
     client_key: str | None = None
     server_name: str | None = None
     verify: bool = True
+
+    def __post_init__(self) -> None:
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise ValueError("an API key must be one line of printable ASCII characters")
 
 
 def tls_context(credentials: Credentials) -> ssl.SSLContext:

@@ -11,6 +11,7 @@ import ssl
 
 from picker.core.events import FailureKind
 from picker.upstream.connection import Connection
+from picker.upstream.outbox import Outbox
 
 # uvicorn, under vLLM and SGLang alike, closes idle connections after 5 s: ours must be gone before, or requests race
 # the close.
@@ -23,16 +24,26 @@ IDLE_MAX = 1024
 class Pool:
     """Idle connections to one origin."""
 
-    __slots__ = ("_context", "_host", "_idle", "_loop", "_port", "_server_name", "_sweeper")
+    __slots__ = ("_closed", "_context", "_host", "_idle", "_loop", "_outbox", "_port", "_server_name", "_sweeper")
 
-    def __init__(self, host: str, port: int, *, context: ssl.SSLContext | None, server_name: str | None) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        outbox: Outbox,
+        *,
+        context: ssl.SSLContext | None,
+        server_name: str | None,
+    ) -> None:
         self._host = host
         self._port = port
+        self._outbox = outbox
         self._context = context
         self._server_name = (server_name or host) if context is not None else None
         self._idle: list[Connection] = []
         self._loop = asyncio.get_running_loop()
         self._sweeper: asyncio.TimerHandle | None = None
+        self._closed = False
 
     def __repr__(self) -> str:
         return f"<Pool {self._host}:{self._port} [{len(self._idle)} idle]>"
@@ -55,7 +66,7 @@ class Pool:
         try:
             async with asyncio.timeout(timeout_s):
                 _, connection = await self._loop.create_connection(
-                    lambda: Connection(self, self._loop),
+                    lambda: Connection(self, self._outbox, self._loop),
                     self._host,
                     self._port,
                     ssl=self._context,
@@ -67,7 +78,7 @@ class Pool:
 
     def put(self, connection: Connection) -> None:
         """Takes a connection back after a complete exchange."""
-        if len(self._idle) >= IDLE_MAX:
+        if self._closed or len(self._idle) >= IDLE_MAX:
             connection.abort()
             return
         connection.idle_since = self._loop.time()
@@ -76,7 +87,8 @@ class Pool:
             self._sweeper = self._loop.call_later(KEEP_ALIVE_S / 2, self._sweep)
 
     def close(self) -> None:
-        """Closes what is idle."""
+        """Closes what is idle now and what comes back later."""
+        self._closed = True
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None

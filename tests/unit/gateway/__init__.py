@@ -1,0 +1,1 @@
+"""Tests of the HTTP door's parts that need no socket."""
