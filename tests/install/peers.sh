@@ -14,7 +14,7 @@ for peer in sglang vllm; do
     lock=$here/peers-$peer.txt
     if [ "${1:-}" = --lock ]; then
         "$root/.venv/bin/uv" pip compile --quiet --no-header --python-version 3.11 --generate-hashes \
-            --no-emit-index-url "$here/peers-$peer.in" -o "$lock"
+            --no-emit-index-url --no-annotate "$here/peers-$peer.in" -o "$lock"
         continue
     fi
     if [ "$venv/.installed" -nt "$lock" ]; then

@@ -1,1 +1,1 @@
-"""Tests of the measuring tools: a benchmark is worth what its instruments are."""
+"""Tests of the room `cli`."""
