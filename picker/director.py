@@ -32,6 +32,7 @@ _TEXTS = ("id", "path", "model", "target_model", "session")
 
 _OUTCOME_OF_EVICTION = {
     Eviction.HUNG: FailureKind.HUNG,
+    Eviction.UNREACHABLE: FailureKind.CONNECT,
     Eviction.FIRST_BYTE_TIMEOUT: FailureKind.TIMEOUT,
     Eviction.IDLE_TIMEOUT: FailureKind.TIMEOUT,
     Eviction.TOTAL_TIMEOUT: FailureKind.TIMEOUT,
@@ -166,6 +167,8 @@ class Director:
                 self._watchers.pop(event.key, None)
                 if event.outcome is Outcome.COMPLETED and event.status >= 500:
                     self.datastore.failed(event.key, FailureKind.SERVER_ERROR, event.at)
+                elif event.outcome is Outcome.FAILED:
+                    self.datastore.failed(event.key, FailureKind.RESET, event.at)
                 else:
                     worked = event.outcome is Outcome.COMPLETED and 200 <= event.status < 400
                     self.datastore.ended(event.key, event.at, worked=worked)
@@ -266,7 +269,7 @@ class Director:
             if why is None:
                 raise
             kind = _OUTCOME_OF_EVICTION[why]
-            return Failure(kind, retry=kind is FailureKind.HUNG)
+            return Failure(kind, retry=kind is not FailureKind.TIMEOUT)
 
 
 def _remembered(verdict: Decision | Rejection) -> Decision | Rejection:

@@ -66,6 +66,7 @@ class _Record:
         "signals",
         "source",
         "standing",
+        "standing_at",
     )
 
     def __init__(self, endpoint: Endpoint, source: str, limits: HealthLimits) -> None:
@@ -79,6 +80,7 @@ class _Record:
         self.pace = Pace()
         self.row: EndpointState | None = None
         self.standing = Standing.READY
+        self.standing_at = 0.0
 
 
 class Datastore:
@@ -219,9 +221,9 @@ class Datastore:
             self._touch(record)
             return
         if not flight.telling and self._has_counters(record, now):
-            record.health.answered()
+            record.health.answered(key)
         elif first:
-            record.health.succeeded()
+            record.health.began(key)
         else:
             record.health.progressed()
         if first:
@@ -245,7 +247,7 @@ class Datastore:
         record = self._records.get(flight.endpoint_id) if flight is not None else None
         if record is not None:
             if worked:
-                record.health.succeeded()
+                record.health.succeeded(key)
             record.health.ended(key, now)
             self._touch(record)
         return flight
@@ -353,16 +355,30 @@ class Datastore:
             standing, reason = health.standing(now)
             if standing is not record.standing:
                 changes.append(StandingChange(name, record.standing, standing, reason))
-                record.standing = standing
-            if health.hung and standing is Standing.OUT:
+                record.standing, record.standing_at = standing, now
+            why = self._gives_up(record, now)
+            if why is not None:
                 for key, flight in self.ledger.load(name).flights.items():
                     if flight.first_byte_at is None and not flight.left and key != health.trial:
-                        evictions.setdefault(key, Eviction.HUNG)
+                        evictions.setdefault(key, why)
             if self._is_outdated(record, standing, reason, now):
                 self._touch(record)
         self._departed = {name: gone for name, gone in self._departed.items() if self.ledger.in_flight(name)}
         news = tuple((key, why) for key, why in evictions.items() if self.ledger.evict(key, now))
         return Ticked(news, tuple(changes))
+
+    def _gives_up(self, record: _Record, now: float) -> Eviction | None:
+        """Why requests that wait for their first byte should wait no longer here; None when they may.
+
+        An endpoint out of reach may only be deaf to probes: it loses its requests when nothing at all was heard of it
+        for as long as a hung one may be silent. A dead process resets its connections; a lost host does not.
+        """
+        if record.standing is not Standing.OUT:
+            return None
+        if record.health.hung:
+            return Eviction.HUNG
+        silent_s = now - max(record.standing_at, self.ledger.load(record.endpoint.id).progress_at)
+        return Eviction.UNREACHABLE if silent_s > self._health.hung_after_s else None
 
     def _is_outdated(self, record: _Record, standing: Standing, reason: str, now: float) -> bool:
         """Whether time alone made the endpoint's row wrong."""

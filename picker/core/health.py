@@ -14,6 +14,11 @@ from picker.core.events import FailureKind
 from picker.core.updates import ProbeFailure
 from picker.core.values import Standing
 
+# An endpoint that serves some kinds of requests and breaks others never fails many in a row: half of this many is as
+# bad.
+HISTORY_REQUESTS = 20
+_HISTORY = (1 << HISTORY_REQUESTS) - 1
+
 
 class HealthLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Thresholds of the state machine.
@@ -42,6 +47,7 @@ class EndpointHealth:
         self._unreachable = ""
         self._no_connect_until = 0.0
         self._failures = 0
+        self._history = 0
         self._ejected = ""
         self._ejected_until = 0.0
         self._eject_s = limits.breaker_open_s
@@ -114,18 +120,31 @@ class EndpointHealth:
         if self._ejected and now >= self._ejected_until and self._trial is None:
             self._trial = key
 
-    def answered(self) -> None:
+    def answered(self, key: int) -> None:
         """The headers of an answer came: no failed request, but no proof that the engine behind works."""
         if self.hung:
             self.alive()
         else:
-            self.succeeded()
+            self.succeeded(key)
 
-    def succeeded(self) -> None:
-        """A request, trial or not, brought response bytes of a kind that shows a working engine."""
+    def began(self, key: int) -> None:
+        """The first bytes of an answer came. They end a trial, but an engine that breaks its answers off begins them
+        too: until one ends well, the next failure ejects again, for longer.
+        """
+        self.alive()
+        if self.hung:
+            self._recover()
+        elif self._trial == key:
+            self._ejected = ""
+            self._trial = None
+            self._failures = self._limits.breaker_failures - 1
+
+    def succeeded(self, key: int) -> None:
+        """A request ended well. Only a trial ends an ejection for failed requests: others were sent before it."""
         self.alive()
         self._failures = 0
-        if self._ejected:
+        self._history = self._history << 1 & _HISTORY
+        if self.hung or not self._ejected or self._trial == key:
             self._recover()
 
     def ended(self, key: int, now: float) -> None:
@@ -137,7 +156,7 @@ class EndpointHealth:
             self._ejected_until = now
 
     def failed(self, key: int, kind: FailureKind, now: float) -> None:
-        """A request failed before its first body byte."""
+        """A request failed: before its first body byte, or (RESET) in the middle of its answer."""
         if kind is FailureKind.OVERLOADED:
             self.alive()
             self._overloaded_until = now + self._limits.overloaded_s
@@ -146,14 +165,19 @@ class EndpointHealth:
         if kind is FailureKind.CONNECT:
             # Where probes go elsewhere, or nowhere, only time and the next request can tell whether it is back.
             self._no_connect_until = now + self._limits.breaker_open_s
+            self.ended(key, now)
+            return
         if kind is FailureKind.HUNG:
             self.eject("hung", now)
             return
         self._failures += 1
+        self._history = (self._history << 1 | 1) & _HISTORY
         if self._trial == key:
             self._eject(self._ejected, now)
-        elif self._failures >= self._limits.breaker_failures and not self._ejected:
+        elif not self._ejected and self._failures >= self._limits.breaker_failures:
             self._eject(f"{self._failures} failed requests in a row", now)
+        elif not self._ejected and self._history.bit_count() * 2 >= HISTORY_REQUESTS:
+            self._eject(f"half of {HISTORY_REQUESTS} requests failed", now)
 
     def eject(self, reason: str, now: float) -> None:
         """Takes the endpoint out. Ejecting again while it is out changes nothing, except that hung weighs more than
@@ -177,6 +201,7 @@ class EndpointHealth:
     def _eject(self, reason: str, now: float) -> None:
         self._ejected = reason
         self._ejected_until = now + self._eject_s
+        self._history = 0
         self._eject_s = min(self._eject_s * 2, self._limits.breaker_open_max_s)
         self._trial = None
 

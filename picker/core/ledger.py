@@ -28,6 +28,7 @@ class Eviction(enum.StrEnum):
     """Why the brain gives up on a request that a door still holds."""
 
     HUNG = "hung"
+    UNREACHABLE = "unreachable"
     FIRST_BYTE_TIMEOUT = "first_byte_timeout"
     IDLE_TIMEOUT = "idle_timeout"
     TOTAL_TIMEOUT = "total_timeout"

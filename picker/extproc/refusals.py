@@ -92,9 +92,12 @@ def slow_decision() -> Refusal:
 
 
 def evicted(reason: Eviction) -> Refusal:
-    """The brain gave the request up. A hung pod is worth another try at once; after a passed deadline the client
-    decides.
+    """The brain gave the request up. A pod that hangs or is lost is worth another try at once; after a passed deadline
+    the client decides.
     """
+    if reason is Eviction.UNREACHABLE:
+        lost = errors.upstream_unreachable("the model server is out of reach")
+        return Refusal(msgspec.structs.replace(lost, status=503, should_retry=True), FailureKind.CONNECT)
     if reason is not Eviction.HUNG:
         return Refusal(errors.upstream_timeout(), FailureKind.TIMEOUT)
     hung = errors.no_ready_endpoints("the model server stopped working on this request")

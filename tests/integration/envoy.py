@@ -1,7 +1,7 @@
 """Runs a real Envoy for a test: `async with RealEnvoy(tmp_path, listeners, picker_address=...) as envoy`.
 
 It owns the process and its files below the given directory, nothing else. The binary comes from the separate
-environment `make envoy` installs; without it a test is skipped, or fails where `WAYPOST_REQUIRE_ENVOY=1` says so.
+environment `make envoy` installs; without it a test is skipped, or fails where `REQUIRE_ENVOY=1` says so.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def envoy_binary() -> Path:
     if os.access(BINARY, os.X_OK):
         return BINARY
     reason = f"no Envoy at {BINARY}; `make envoy` installs it"
-    if os.environ.get("WAYPOST_REQUIRE_ENVOY") == "1":
+    if os.environ.get("REQUIRE_ENVOY") == "1":
         pytest.fail(reason)
     pytest.skip(reason)
 

@@ -261,10 +261,10 @@ async def test_envoy_accepts_every_mode(tmp_path: Path) -> None:
 
 def test_without_envoy_a_test_skips_or_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(envoy_module, "BINARY", tmp_path / "envoy")
-    monkeypatch.delenv("WAYPOST_REQUIRE_ENVOY", raising=False)
+    monkeypatch.delenv("REQUIRE_ENVOY", raising=False)
     with pytest.raises(pytest.skip.Exception, match="make envoy"):
         envoy_binary()
-    monkeypatch.setenv("WAYPOST_REQUIRE_ENVOY", "1")
+    monkeypatch.setenv("REQUIRE_ENVOY", "1")
     with pytest.raises(pytest.fail.Exception, match="make envoy"):
         envoy_binary()
 

@@ -114,7 +114,7 @@ def test_failures_in_a_row_open_the_breaker(health: EndpointHealth, kind: Failur
 
 def test_a_success_between_failures_resets_the_row(health: EndpointHealth) -> None:
     fail(health, 2)
-    health.succeeded()
+    health.succeeded(9)
     fail(health, 2)
     assert health.standing(0.0)[0] is READY
 
@@ -130,9 +130,30 @@ def test_one_trial_after_the_ejection_and_it_recovers(health: EndpointHealth) ->
     health.dispatched(8, 5.1)
     assert health.trial == 7
 
-    health.succeeded()
+    health.succeeded(8)
+    assert health.standing(5.1)[0] is DEGRADED, "it was sent when the endpoint still had a good name"
+    health.succeeded(7)
     assert health.standing(5.2)[0] is READY
     assert health.trial is None
+
+
+def test_a_trial_that_begins_to_answer_ends_and_the_next_failure_ejects_for_longer(health: EndpointHealth) -> None:
+    fail(health, 3)
+    health.dispatched(7, 5.0)
+    health.began(7)
+    assert health.standing(5.1)[0] is READY
+    health.failed(7, FailureKind.RESET, 5.2)
+    assert health.standing(15.1)[0] is DEGRADED
+    assert health.standing(15.2)[0] is READY
+
+
+def test_half_of_the_requests_failing_is_as_bad_as_a_row(health: EndpointHealth) -> None:
+    for key in range(9):
+        health.failed(key, FailureKind.RESET, 0.0)
+        health.succeeded(100 + key)
+    assert health.standing(0.0)[0] is READY
+    health.failed(9, FailureKind.RESET, 0.0)
+    assert health.standing(0.0) == (DEGRADED, "half of 20 requests failed")
 
 
 def test_failed_trials_double_the_time_up_to_a_bound(health: EndpointHealth) -> None:
@@ -147,7 +168,7 @@ def test_failed_trials_double_the_time_up_to_a_bound(health: EndpointHealth) -> 
         open_s = expected_s
     now += open_s
     health.dispatched(7, now)
-    health.succeeded()
+    health.succeeded(7)
     fail(health, 3, now)
     assert health.standing(now + 5.0)[0] is READY, "a recovery starts over with the shortest time"
 
@@ -212,12 +233,13 @@ def test_a_hang_outweighs_failed_requests(health: EndpointHealth) -> None:
 
 def test_headers_do_not_prove_that_a_hung_engine_works(health: EndpointHealth) -> None:
     health.eject("hung", 0.0)
-    health.answered()
+    health.answered(7)
     assert health.standing(1.0)[0] is OUT
 
     health.progressed()
-    fail(health, 3, 2.0)
-    health.answered()
+    fail(health, 2, 2.0)
+    health.answered(7)
+    fail(health, 2, 2.0)
     assert health.standing(2.0)[0] is READY, "but they are no failed request"
 
 
@@ -265,9 +287,9 @@ def test_no_history_takes_an_endpoint_out_for_ever(
             case "dispatch":
                 health.dispatched(key, now)
             case "succeed":
-                health.succeeded()
+                health.succeeded(key)
             case "answer":
-                health.answered()
+                health.answered(key)
             case "hung":
                 health.eject("hung", now)
             case "probe":
