@@ -1,1 +1,1 @@
-"""Tests: `unit` is pure, `contract` holds for all plugins of a kind, `integration` uses real sockets, `sim` is seeded."""
+"""Tests: `unit` is pure, `contract` holds for every plugin of a kind, `integration` uses real sockets, `sim` a seed."""
