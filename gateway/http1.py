@@ -69,7 +69,7 @@ class HeadHolder:
     def close(self) -> None:
         """Closes, after what is held."""
         self._connection.outbox.flush()
-        if self._held:
+        if self._held and not self._transport.is_closing():
             self._transport.write(self._held)
             self._held = b""
         self._connection.hang_up()
@@ -204,6 +204,11 @@ class GatewayProtocol(HttpToolsProtocol):
             return
         super().on_response_complete()
 
+    def shutdown(self) -> None:
+        """The server ends: closes if nothing is going on. What waits in the outbox is part of an answer."""
+        self.outbox.flush()
+        super().shutdown()
+
     def send_400_response(self, msg: str) -> None:
         """Uvicorn's way out of a parser error: ours is JSON, and a 431 when a limit was the cause."""
         self._refuse(headers_too_large(self.limits.size_bytes) if self._over_limit else bad_request(msg))
@@ -235,6 +240,8 @@ class GatewayProtocol(HttpToolsProtocol):
         """Breaks off an answer so that the client can tell: its last chunk is missing, or the connection is reset."""
         self.cycle.disconnected = True
         holder = cast(HeadHolder, self.cycle.transport)
+        if self.transport.is_closing():
+            return
         if self.stuck or holder.unframed:
             sock: socket.socket = self.transport.get_extra_info("socket")
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)

@@ -130,7 +130,7 @@ def gateway_server(runtime: Runtime, sock: socket.socket) -> tuple[HttpServer, R
         server_header=False,
         date_header=False,
         proxy_headers=False,
-        timeout_keep_alive=round(config.timeouts.keep_alive),
+        timeout_keep_alive=max(1, round(config.timeouts.keep_alive)),
         backlog=BACKLOG,
     )
     return HttpServer(server_config, sock), relay

@@ -124,7 +124,8 @@ class Connection(asyncio.Protocol):
         chunks, self._chunks, self._size_bytes = self._chunks, [], 0
         if self._paused and self._transport is not None:
             self._paused = False
-            self._transport.resume_reading()
+            if not self._transport.is_closing():
+                self._transport.resume_reading()
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     @property

@@ -165,6 +165,8 @@ class Client:
         for index, piece in enumerate(pieces):
             if index:
                 await asyncio.sleep(pause_s)
+            if self.writer.is_closing():
+                return
             self.writer.write(piece)
             with contextlib.suppress(ConnectionError):
                 await self.writer.drain()
@@ -246,7 +248,8 @@ async def gateway(*endpoints: str | dict[str, Any], **config: Any) -> AsyncItera
     before = _open_sockets()
     entries = [_entry(endpoint) for endpoint in endpoints]
     flags: dict[tuple[str, ...] | str, object] = {"endpoints.static": entries, "listen": "127.0.0.1:0"}
-    loaded = load(None, environ={}, flags=flags | dict(config))
+    flags.update({(section,): value for section, value in config.items()})
+    loaded = load(None, environ={}, flags=flags)
     assert isinstance(loaded, Loaded), [str(problem) for problem in loaded]
     log = io.StringIO()
     runtime = Runtime(loaded.config, log=logs.configure("debug", style="json", stream=log), version="test")

@@ -178,10 +178,14 @@ async def test_a_client_that_never_reads_is_cut_off(kind: bytes) -> None:
         await until(lambda: door.relay.active == 0)
         await door.settled()
         with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
-            while True:
-                await client.chunk()
+            await _read_on(client)
         assert door.lines()[0]["outcome"] == "timeout"
         assert door.lines("relay_failed") == []
+
+
+async def _read_on(client: Client) -> None:
+    while await client.chunk():
+        pass
 
 
 async def test_requests_at_once_do_not_mix() -> None:

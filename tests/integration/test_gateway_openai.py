@@ -46,7 +46,7 @@ async def fleet(count: int = 2, **config: Any) -> AsyncIterator[tuple[AsyncOpenA
 
 
 def sdk(door: Gateway, *, retries: int = 0, key: str = "client-key") -> AsyncOpenAI:
-    http = httpx.AsyncClient(trust_env=False, timeout=10)
+    http = openai.DefaultAsyncHttpxClient(trust_env=False, timeout=10)
     return AsyncOpenAI(base_url=f"{door.url}/v1", api_key=key, max_retries=retries, http_client=http)
 
 
@@ -69,7 +69,8 @@ async def test_chat_and_completions_whole_and_streamed() -> None:
         stream = await client.chat.completions.create(**CHAT, stream=True, stream_options={"include_usage": True})
         chunks = [chunk async for chunk in stream]
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == text
-        assert chunks[-1].usage == whole.usage.model_copy(update={"prompt_tokens_details": None}) or chunks[-1].usage
+        assert chunks[-1].usage
+        assert chunks[-1].usage.completion_tokens == 8
         completion = await client.completions.create(model=MODEL, prompt="once", max_tokens=5)
         parts = [
             part.choices[0].text
@@ -132,8 +133,7 @@ async def test_an_unknown_model_goes_to_an_engine_while_lists_are_unknown() -> N
     ):
         with pytest.raises(openai.NotFoundError) as caught:
             await client.chat.completions.create(**{**CHAT, "model": "gpt-9"})
-        assert caught.value.body is not None
-        assert caught.value.type == "NotFoundError" or caught.value.code == "model_not_found"
+        assert caught.value.type == "NotFoundError"
 
 
 async def test_bad_requests_are_typed() -> None:
@@ -234,16 +234,21 @@ async def test_an_engine_that_dies_in_a_stream_raises_in_the_sdk() -> None:
     async with fleet(1) as (client, door, engines):
         async with httpx.AsyncClient(base_url=engines.urls[0], trust_env=False) as control:
             await switch(control, reset_after_chunks=4)
-            chunks = 0
+            chunks: list[Any] = []
+            stream = await client.chat.completions.create(**ENDLESS, stream=True)
             with pytest.raises(openai.APIError) as caught:
-                async for _ in await client.chat.completions.create(**ENDLESS, stream=True):
-                    chunks += 1
-            assert 1 <= chunks <= 4
+                await _collect(stream, chunks)
+            assert 1 <= len(chunks) <= 4
             assert caught.value.code == "upstream_reset"
             assert "died" in caught.value.message
             await switch(control, reset=True)
         await door.settled()
         assert door.lines()[0]["outcome"] == "failed"
+
+
+async def _collect(stream: AsyncIterator[Any], into: list[Any]) -> None:
+    async for chunk in stream:
+        into.append(chunk)
 
 
 @pytest.mark.parametrize("stream", [True, False])

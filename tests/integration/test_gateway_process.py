@@ -20,6 +20,12 @@ from tests.unit.upstream.hostile import PATIENCE_S, Peer, Received, answer, chun
 
 # Starting takes half a second of imports on a quiet machine.
 START_S = 6 * PATIENCE_S
+STREAM_BEGIN = b"".join(
+    (
+        b"HTTP/1.1 200 OK\r\n" + EVENT_STREAM + b"\r\nTransfer-Encoding: chunked\r\n\r\n",
+        *chunked(b"data: 1\n\n", end=False),
+    )
+)
 
 
 class Process:
@@ -28,6 +34,11 @@ class Process:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
         self.lines: list[dict[str, Any]] = []
+
+    @property
+    def cut(self) -> list[int]:
+        """What it said at its end about requests it cut."""
+        return [line["cut"] for line in self.lines if line["event"] == "stopped"]
 
     async def line(self, event: str) -> dict[str, Any]:
         """The next log line of one kind."""
@@ -67,30 +78,37 @@ def run(url: str, *more: str) -> contextlib.AbstractAsyncContextManager[Process]
     return waypost("run", "--to", url, "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", *more)
 
 
+@contextlib.asynccontextmanager
+async def streaming(url: str) -> AsyncIterator[tuple[httpx.AsyncClient, AsyncIterator[bytes]]]:
+    """A client of the gateway, and the pieces of a stream whose first event came."""
+    async with (
+        httpx.AsyncClient(base_url=url, trust_env=False, timeout=START_S) as client,
+        client.stream("POST", CHAT, content=STREAM, headers={"content-type": "application/json"}) as got,
+    ):
+        pieces = aiter(got.aiter_bytes())
+        assert await anext(pieces) == b"data: 1\n\n"
+        yield client, pieces
+
+
 async def test_sigterm_lets_a_stream_finish_and_exits_0() -> None:
     go_on = asyncio.Event()
 
     async def script(peer: Peer, request: Received) -> None:
-        await peer.send(b"HTTP/1.1 200 OK\r\n" + EVENT_STREAM + b"\r\nTransfer-Encoding: chunked\r\n\r\n")
-        await peer.send(*chunked(b"data: 1\n\n", end=False))
+        await peer.send(STREAM_BEGIN)
         await go_on.wait()
         await peer.send(*chunked(b"data: 2\n\n"))
 
     async with backend(script, models=[MODEL]) as engine, run(engine.url) as gateway:
         url = (await gateway.line("listening"))["gateway"]
-        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=START_S) as client:
-            async with client.stream("POST", CHAT, content=STREAM, headers={"content-type": "application/json"}) as got:
-                parts = aiter(got.aiter_bytes())
-                assert await anext(parts) == b"data: 1\n\n"
-                gateway.process.send_signal(signal.SIGTERM)
-                assert (await gateway.line("draining"))["active"] == 1
-                await _refuses(url)
-                assert gateway.process.returncode is None
-                go_on.set()
-                assert b"".join([part async for part in parts]) == b"data: 2\n\n"
+        async with streaming(url) as (_, pieces):
+            gateway.process.send_signal(signal.SIGTERM)
+            assert (await gateway.line("draining"))["active"] == 1
+            await _refuses(url)
+            assert gateway.process.returncode is None
+            go_on.set()
+            assert b"".join([piece async for piece in pieces]) == b"data: 2\n\n"
         assert await gateway.exit_code() == 0
-        (stopped,) = [line for line in gateway.lines if line["event"] == "stopped"]
-        assert stopped["cut"] == 0
+        assert gateway.cut == [0]
 
 
 async def _refuses(url: str) -> None:
@@ -109,71 +127,61 @@ async def _refuses(url: str) -> None:
 
 
 async def test_a_second_signal_ends_at_once_and_says_what_it_cut() -> None:
-    async def hangs(peer: Peer, request: Received) -> None:
-        await peer.send(b"HTTP/1.1 200 OK\r\n" + EVENT_STREAM + b"\r\nTransfer-Encoding: chunked\r\n\r\n")
-        await peer.send(*chunked(b"data: 1\n\n", end=False))
-        await peer.gone()
-
     async with backend(hangs, models=[MODEL]) as engine, run(engine.url, "--drain-timeout", "60s") as gateway:
-        url = (await gateway.line("listening"))["gateway"]
-        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=START_S) as client:
-            async with client.stream("POST", CHAT, content=STREAM, headers={"content-type": "application/json"}) as got:
-                parts = aiter(got.aiter_bytes())
-                assert await anext(parts) == b"data: 1\n\n"
-                gateway.process.send_signal(signal.SIGTERM)
-                await gateway.line("draining")
-                await asyncio.sleep(0.2)
-                begun = time.monotonic()
-                gateway.process.send_signal(signal.SIGTERM)
-                assert await gateway.exit_code() == 1
-                assert time.monotonic() - begun < PATIENCE_S
-        assert [line["cut"] for line in gateway.lines if line["event"] == "stopped"] == [1]
+        async with streaming((await gateway.line("listening"))["gateway"]):
+            gateway.process.send_signal(signal.SIGTERM)
+            await gateway.line("draining")
+            await asyncio.sleep(0.2)
+            begun = time.monotonic()
+            gateway.process.send_signal(signal.SIGTERM)
+            assert await gateway.exit_code() == 1
+            assert time.monotonic() - begun < PATIENCE_S
+        assert gateway.cut == [1]
+
+
+async def hangs(peer: Peer, request: Received) -> None:
+    """Never ends an answer."""
+    if request.body == STREAM:
+        await peer.send(STREAM_BEGIN)
+    await peer.gone()
 
 
 async def test_what_does_not_end_in_time_is_told_so_and_counted() -> None:
-    async def hangs(peer: Peer, request: Received) -> None:
-        if request.body == STREAM:
-            await peer.send(b"HTTP/1.1 200 OK\r\n" + EVENT_STREAM + b"\r\nTransfer-Encoding: chunked\r\n\r\n")
-            await peer.send(*chunked(b"data: 1\n\n", end=False))
-        await peer.gone()
-
     async with backend(hangs, models=[MODEL]) as engine, run(engine.url, "--drain-timeout", "1s") as gateway:
-        url = (await gateway.line("listening"))["gateway"]
-        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=START_S) as client:
-            headers = {"content-type": "application/json"}
-            whole = asyncio.create_task(client.post(CHAT, content=HELLO, headers=headers))
-            async with client.stream("POST", CHAT, content=STREAM, headers=headers) as got:
-                parts = aiter(got.aiter_bytes())
-                assert await anext(parts) == b"data: 1\n\n"
-                gateway.process.send_signal(signal.SIGTERM)
-                rest = b"".join([part async for part in parts])
+        async with streaming((await gateway.line("listening"))["gateway"]) as (client, pieces):
+            whole = asyncio.create_task(client.post(CHAT, content=HELLO, headers={"content-type": "application/json"}))
+            while sum(request.method == "POST" for request in engine.received) < 2:
+                await asyncio.sleep(0.005)
+            gateway.process.send_signal(signal.SIGTERM)
+            rest = b"".join([piece async for piece in pieces])
             assert json.loads(rest.removeprefix(b"data: "))["error"]["code"] == "shutting_down"
             answered = await whole
             assert (answered.status_code, answered.json()["error"]["code"]) == (503, "shutting_down")
         assert await gateway.exit_code() == 1
-        assert [line["cut"] for line in gateway.lines if line["event"] == "stopped"] == [2]
+        assert gateway.cut == [2]
 
 
 async def test_a_bare_address_and_the_admin_port() -> None:
-    async with backend(says(answer(b'{"ok":1}', JSON)), models=[MODEL]) as engine:
-        async with run(engine.url.removeprefix("http://")) as gateway:
-            listening = await gateway.line("listening")
-            async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE_S) as client:
-                headers = {"content-type": "application/json"}
-                got = await client.post(listening["gateway"] + CHAT, content=HELLO, headers=headers)
-                assert (got.status_code, got.content) == (200, b'{"ok":1}')
-                assert (await client.get(listening["admin"] + "/readyz")).status_code == 200
-                metrics = (await client.get(listening["admin"] + "/metrics")).text
-                assert "waypost_requests_total{" in metrics
-            gateway.process.send_signal(signal.SIGINT)
-            assert await gateway.exit_code() == 0
+    async with (
+        backend(says(answer(b'{"ok":1}', JSON)), models=[MODEL]) as engine,
+        run(engine.url.removeprefix("http://")) as gateway,
+    ):
+        listening = await gateway.line("listening")
+        async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE_S) as client:
+            headers = {"content-type": "application/json"}
+            got = await client.post(listening["gateway"] + CHAT, content=HELLO, headers=headers)
+            assert (got.status_code, got.content) == (200, b'{"ok":1}')
+            assert (await client.get(listening["admin"] + "/readyz")).status_code == 200
+            assert "waypost_requests_total{" in (await client.get(listening["admin"] + "/metrics")).text
+        gateway.process.send_signal(signal.SIGINT)
+        assert await gateway.exit_code() == 0
 
 
 async def test_a_taken_port_is_an_error_one_can_read() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        address = "127.0.0.1:%d" % taken.getsockname()[1]
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
         async with waypost("run", "--to", "http://127.0.0.1:1", "--listen", address) as gateway:
             assert gateway.process.stderr is not None
             said = await asyncio.wait_for(gateway.process.stderr.read(), START_S)

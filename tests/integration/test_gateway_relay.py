@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 
 import pytest
@@ -32,7 +33,7 @@ from tests.unit.upstream.hostile import Peer, Received, answer, chunked
 OK = answer(b'{"ok":true}', JSON)
 # Everything a parser that builds documents would change.
 ODD_BODY = (
-    b' {"model" : "tiny",\t"messages":[{"role":"user","content":"\\u00e9\\/ \xc3\xa9"}] ,"seed":12345678901234567890123,'
+    b' {"model" : "tiny",\t"messages":[{"role":"user","content":"\\u00e9\\/ \xc3\xa9"}] ,"seed":1234567890123456789012,'
     b'\n"z":1.0e0,"a":-0.0,"temperature":1e400,"dup":1,"dup":{"x":[]},"unknown":null}\r\n '
 )
 
@@ -73,11 +74,8 @@ async def test_a_chunked_request_becomes_one_with_a_length() -> None:
 async def test_bodies_that_are_not_utf8_pass_in_the_prompt() -> None:
     async with backend(says(OK)) as engine, gateway(engine.url) as door:
         body = b'{"model":"tiny","messages":[{"role":"user","content":"\xff\xfe"}]}'
-        got = await door.post(body)
-        if got.status == 200:
-            assert engine.received[0].body == body
-        else:
-            assert (got.status, got.error["code"]) == (400, "invalid_json")
+        assert (await door.post(body)).status == 200
+        assert engine.received[0].body == body
 
 
 async def test_headers_pass_except_what_belongs_to_the_hop_or_the_fleet() -> None:
@@ -310,7 +308,7 @@ def test_however_an_answer_is_cut_the_client_gets_the_same_bytes(
 
 async def _cut(body: bytes, cuts: list[int], writes: list[int], framing: str, stream: bool) -> None:
     edges = sorted({0, len(body), *(cut for cut in cuts if cut < len(body))})
-    pieces = [body[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [body[a:b] for a, b in itertools.pairwise(edges)]
     kind = EVENT_STREAM if stream else b"Content-Type: application/octet-stream"
     if framing == "chunked":
         wire = b"\r\n".join([b"HTTP/1.1 200 OK", kind, b"Transfer-Encoding: chunked", b"", b""])
@@ -320,7 +318,7 @@ async def _cut(body: bytes, cuts: list[int], writes: list[int], framing: str, st
     steps = sorted({0, len(wire), *(write for write in writes if write < len(wire))})
 
     async def script(peer: Peer, request: Received) -> None:
-        await peer.send(*[wire[a:b] for a, b in zip(steps, steps[1:], strict=False)], pause_s=0.001)
+        await peer.send(*[wire[a:b] for a, b in itertools.pairwise(steps)], pause_s=0.001)
         if framing == "close":
             peer.close()
 

@@ -11,6 +11,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
+from picker.core.updates import Remove
 from sim.cluster import RunningEngines, serve_engines
 from sim.frontend import EngineSpec
 from sim.profiles import PACED
@@ -25,7 +26,7 @@ async def fleet() -> AsyncIterator[tuple[AsyncOpenAI, Gateway, RunningEngines]]:
     specs = [EngineSpec(profile=PACED, model=MODEL, index=index) for index in range(3)]
     async with await serve_engines(specs) as engines:
         entries = [{"url": url, "engine": "vllm"} for url in engines.urls]
-        http = httpx.AsyncClient(trust_env=False, timeout=10)
+        http = openai.DefaultAsyncHttpxClient(trust_env=False, timeout=10)
         async with (
             gateway(*entries, policy="round-robin") as door,
             AsyncOpenAI(base_url=f"{door.url}/v1", api_key="k", max_retries=0, http_client=http) as client,
@@ -151,8 +152,6 @@ async def test_an_endpoint_that_leaves_takes_its_responses_along() -> None:
         made = await client.responses.create(model=MODEL, input="x", max_output_tokens=3)
         await door.settled()
         home = door.lines()[0]["endpoint"]
-        from picker.core.updates import Remove
-
         door.runtime.datastore.apply(Remove("static", home))
         await until(lambda: len(door.runtime.datastore.endpoints()) == 2)
         with pytest.raises(openai.NotFoundError) as caught:

@@ -69,6 +69,8 @@ class Peer:
             for index, piece in enumerate(pieces):
                 if index:
                     await asyncio.sleep(pause_s)
+                if self.writer.is_closing():
+                    return
                 self.writer.write(piece)
                 await self.writer.drain()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import pytest
 from hypothesis import given, settings
@@ -102,12 +103,11 @@ async def test_endless_lines_are_cut_off(start: bytes) -> None:
         nonlocal sent
         await peer.request()
         await peer.send(start)
-        with pytest.raises(ConnectionError):
-            while True:
-                peer.writer.write(b"y" * 10_000)
-                await peer.writer.drain()
-                sent += 10_000
-                await asyncio.sleep(0.001)
+        while not peer.writer.is_closing():
+            peer.writer.write(b"y" * 10_000)
+            await peer.writer.drain()
+            sent += 10_000
+            await asyncio.sleep(0.001)
 
     async with hostile(endless) as server, upstream() as client:
         assert await asyncio.wait_for(ask(client, server.url), PATIENCE_S) is FailureKind.RESET
@@ -313,7 +313,7 @@ def test_however_an_answer_is_cut_the_body_is_the_same(pieces: list[bytes], cuts
     body = b"".join(pieces)
     wire = CHUNKED + b"".join(chunked(*pieces)) if framing == "chunked" else answer(body, framed=framing == "length")
     edges = sorted({0, len(wire), *(cut for cut in cuts if cut < len(wire))})
-    writes = [wire[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    writes = [wire[a:b] for a, b in itertools.pairwise(edges)]
 
     async def scenario() -> None:
         async with hostile(replies(*writes, close=framing == "close")) as server, upstream() as client:
