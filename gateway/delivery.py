@@ -76,6 +76,7 @@ class Delivery:
         dialect: Dialect,
         rename: tuple[str, str] | None,
         on_chunk: Callable[[], None],
+        on_stall: Callable[[bool], None],
         on_id: Callable[[str], None] | None,
     ) -> None:
         response = committed.response
@@ -85,6 +86,7 @@ class Delivery:
         self._client = client
         self._dialect = dialect
         self._on_chunk = on_chunk
+        self._on_stall = on_stall
         self._on_id = on_id
         self._started = False
         self._torn = False
@@ -136,7 +138,7 @@ class Delivery:
                 out, held = _whole_events(held + out)
                 self._torn = bool(out) and not out.endswith(_EVENT_ENDS)
             if out:
-                await self._send({"type": "http.response.body", "body": out, "more_body": True})
+                await self._pass(out, more=True)
             self._on_chunk()
             chunk = await self._response.read()
         rest = held + restorer.flush() if restorer is not None else held
@@ -155,7 +157,7 @@ class Delivery:
             if isinstance(chunk, FailureKind):
                 return await self._break_off(errors.upstream_reset(_DIED))
             finished = self._response.finished
-            await self._send({"type": "http.response.body", "body": chunk, "more_body": not finished})
+            await self._pass(chunk, more=not finished)
             kept_bytes += len(chunk)
             if kept_bytes <= KEPT_ANSWER_BYTES:
                 kept.append(chunk)
@@ -193,6 +195,18 @@ class Delivery:
     async def _start(self, headers: list[tuple[bytes, bytes]]) -> None:
         self._started = True
         await self._send({"type": "http.response.start", "status": self._response.status, "headers": headers})
+
+    async def _pass(self, body: bytes, *, more: bool) -> None:
+        """Sends body bytes. Waiting for a client that does not take them is not waiting for the engine."""
+        message = {"type": "http.response.body", "body": body, "more_body": more}
+        if not self._client.stuck:
+            await self._send(message)
+            return
+        self._on_stall(True)
+        try:
+            await self._send(message)
+        finally:
+            self._on_stall(False)
 
     def _learn(self, body: bytes) -> Delivered:
         if not body or not self._is_plain or self._response.status >= 300:

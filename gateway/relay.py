@@ -36,7 +36,7 @@ from gateway.intake import (
     understand,
 )
 from gateway.verdicts import verdict
-from picker.core.events import FailureKind, Finished, FirstByte, Outcome, Progress, Usage
+from picker.core.events import FailureKind, Finished, FirstByte, Outcome, Progress, Stalled, Usage
 from picker.core.record import RequestRecord
 from picker.core.values import Decision
 from picker.director import Answer, Director, Failure, Guard
@@ -53,6 +53,7 @@ from picker.upstream.connection import Response
 RETRY_STATUSES = frozenset((502, 503, 504, 529))
 # An engine's refusal is kept up to this size in case no other endpoint does better.
 KEPT_REFUSAL_BYTES = 64 * 2**10
+_JSON = ((b"content-type", b"application/json"),)
 # Progress is told to the brain at most this often per request; it only has to show life.
 PROGRESS_EVERY_S = 0.2
 
@@ -272,12 +273,12 @@ class Relay:
         if isinstance(first, FailureKind) or (not first and response.unframed and response.status < 300):
             response.close()
             return Failure(FailureKind.RESET)
-        if response.status in RETRY_STATUSES:
-            body = await _beginning(response, first)
-            overloaded = response.status in (503, 529)
-            if isinstance(body, bytes):
-                exchange.refused = (Answer(response.status, response.headers, body), decision)
+        refused = await _refused(response, first)
+        if refused is not None:
+            if refused.body:
+                exchange.refused = (refused, decision)
             response.close()
+            overloaded = refused.status in (503, 529)
             return Failure(FailureKind.OVERLOADED if overloaded else FailureKind.SERVER_ERROR)
         now = self._director.clock()
         exchange.first_byte_at = exchange.last_told_at = now
@@ -298,6 +299,7 @@ class Relay:
                 dialect=exchange.dialect,
                 rename=intake.rename,
                 on_chunk=lambda: self._progress(exchange),
+                on_stall=lambda stalled: self._director.observe(Stalled(exchange.key, self._director.clock(), stalled)),
                 on_id=self._learner(exchange) if intake.route.kind is RouteKind.RESPONSES else None,
             )
             headers = to_client(response.headers, self._our_headers(exchange))
@@ -411,6 +413,20 @@ class Relay:
             usage=exchange.usage,
         )
         record_request(record, self._metrics, self._log)
+
+
+async def _refused(response: Response, first: bytes) -> Answer | None:
+    """The refusal of an engine that asks for another attempt, None for an answer. Its body is empty if it broke off.
+
+    A stream that is nothing but an error has a status of 200, since its headers went out before the engine was asked.
+    """
+    if response.status == 200 and response.header(b"content-type").startswith(b"text/event-stream"):
+        found = errors.refused_stream(first)
+        return Answer(found[0], _JSON, found[1]) if found is not None else None
+    if response.status not in RETRY_STATUSES and not (response.status == 500 and errors.engine_died(first)):
+        return None
+    body = await _beginning(response, first)
+    return Answer(response.status, response.headers, body if isinstance(body, bytes) else b"")
 
 
 async def _beginning(response: Response, first: bytes) -> bytes | FailureKind:

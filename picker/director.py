@@ -16,7 +16,18 @@ from typing import TypeVar
 import msgspec
 
 from picker.core.datastore import Datastore, StandingChange
-from picker.core.events import AttemptFailed, Event, FailureKind, Finished, FirstByte, Left, Outcome, Progress, Served
+from picker.core.events import (
+    AttemptFailed,
+    Event,
+    FailureKind,
+    Finished,
+    FirstByte,
+    Left,
+    Outcome,
+    Progress,
+    Served,
+    Stalled,
+)
 from picker.core.ledger import Eviction
 from picker.core.plugins import Rng
 from picker.core.scheduler import Scheduler
@@ -180,6 +191,8 @@ class Director:
             case Left(key, at):
                 self._watchers.pop(key, None)
                 self.datastore.left(key, at)
+            case Stalled(key, at, stalled):
+                self.datastore.ledger.stall(key, at, stalled=stalled)
             case Served(key, at, address):
                 self.datastore.served_by(key, address, at)
 

@@ -57,6 +57,16 @@ class Progress(msgspec.Struct, frozen=True):
     at: float
 
 
+class Stalled(msgspec.Struct, frozen=True):
+    """The client does not take its answer (`stalled`), or takes it again: meanwhile silence says nothing of the
+    engine.
+    """
+
+    key: int
+    at: float
+    stalled: bool
+
+
 class Served(msgspec.Struct, frozen=True):
     """The proxy says which endpoint (`ip:port`) really served; with fallbacks it may not be the one chosen."""
 
@@ -95,4 +105,4 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | None = None
 
 
-Event = FirstByte | Progress | Served | AttemptFailed | Left | Finished
+Event = FirstByte | Progress | Stalled | Served | AttemptFailed | Left | Finished

@@ -52,6 +52,7 @@ class Flight(msgspec.Struct):
     progress_at: float
     first_byte_at: float | None = None
     left: bool = False
+    stalled: bool = False
     evicted_at: float | None = None
 
     @property
@@ -182,6 +183,14 @@ class Ledger:
         if flight.telling:
             load.proof_at = now
         return flight
+
+    def stall(self, key: int, now: float, *, stalled: bool) -> None:
+        """Notes that the client stopped taking its answer, or goes on: the engine's silence counts from then."""
+        flight = self._flights.get(key)
+        if flight is not None:
+            flight.stalled = stalled
+            if not stalled:
+                self.progress(key, now)
 
     def release(self, key: int, now: float) -> Flight | None:
         """Ends a flight. Idempotent: None when there is nothing (any more) to release."""

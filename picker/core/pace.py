@@ -73,14 +73,15 @@ class Pace:
 def _is_awaited(flight: Flight, counter_at: float | None) -> bool:
     """Whether the engine owes this request something, as far as we can know.
 
-    After the first byte silence may be the client's, who reads slowly; it must not cost the endpoint its traffic. Where
-    only headers are seen, the engine owes for certain as long as it made no token at all since the request came.
+    After the first byte only token counters that rest tell a frozen engine from one that thinks; while the client does
+    not take what is there, nothing does: it must not cost the endpoint its traffic. Where only headers are seen, the
+    engine owes for certain as long as it made no token at all since the request came.
     """
-    if flight.left:
+    if flight.left or flight.stalled:
         return False
     if flight.first_byte_at is None:
         return True
-    return not flight.telling and counter_at is not None and flight.reserved_at > counter_at
+    return counter_at is not None and (flight.telling or flight.reserved_at > counter_at)
 
 
 def _smoothed(mean: float, sample: float) -> float:

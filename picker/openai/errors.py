@@ -55,6 +55,14 @@ class ApiError(msgspec.Struct, frozen=True, kw_only=True):
     dropped_reason: str | None = None
 
 
+class _CodedError(msgspec.Struct):
+    code: int | str
+
+
+class _StreamError(msgspec.Struct):
+    error: _CodedError
+
+
 def render_error(error: ApiError, *, dialect: Dialect = Dialect.OPENAI, request_id: str | None = None) -> bytes:
     """The JSON body of an error answer. `request_id` is part of the Anthropic shape only."""
     message = clean_text(error.message)
@@ -113,6 +121,27 @@ def wrap_engine_error(
         status=status, code="upstream_error", type=kind, message=f"the model server answered {status}{said}"
     )
     return render_error(error, dialect=dialect)
+
+
+def refused_stream(first: bytes) -> tuple[int, bytes] | None:
+    """Status and JSON of an event stream whose first event is an error of the engine (5xx), None for any other.
+
+    vLLM sends it when the engine core died, or refused the request, after the headers of the stream were sent.
+    """
+    if not first.startswith(b"data:") or b'"error"' not in first[:64]:
+        return None
+    document = first[5:].split(b"\n", 1)[0].strip()
+    try:
+        code = msgspec.json.decode(document, type=_StreamError).error.code
+    except (msgspec.MsgspecError, ValueError):
+        return None
+    status = int(code) if isinstance(code, int) or code.isdigit() else 0
+    return (status, document) if 500 <= status < 600 else None
+
+
+def engine_died(body: bytes) -> bool:
+    """Whether a 500 is the front end's way of saying that its engine core is gone, as vLLM words it."""
+    return b"EngineCore" in body or b"EngineDeadError" in body
 
 
 def clean_text(text: str) -> str:

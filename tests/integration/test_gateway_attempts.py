@@ -30,6 +30,8 @@ from tests.unit.upstream.hostile import Hostile, Peer, Received, answer, chunked
 
 GOOD = b'{"from":"the good one"}'
 OVERLOADED = b'{"error":{"message":"The engine is currently busy","type":"Service Unavailable","code":503}}'
+# As vLLM 0.32 words it, for whole answers and for streams without a token.
+DIED = b'{"error":{"message":"EngineCore encountered an issue.","type":"InternalServerError","param":null,"code":500}}'
 
 
 def refused(status: bytes, body: bytes = OVERLOADED, kind: bytes = JSON) -> Script:
@@ -73,6 +75,9 @@ BEFORE_THE_FIRST_BYTE: dict[str, Script] = {
     "503": refused(b"503 Service Unavailable"),
     "504": refused(b"504 Gateway Timeout"),
     "529": refused(b"529 Overloaded"),
+    "the engine core died": refused(b"500 Internal Server Error", DIED),
+    "a stream that is only a refusal": says(events(b"data: " + OVERLOADED + b"\n\n", b"data: [DONE]\n\n")),
+    "a stream of a dead engine core": says(events(b"data: " + DIED + b"\n\n")),
     "503 in HTML": refused(b"503 Service Unavailable", b"<html><h1>busy</h1></html>", b"Content-Type: text/html"),
 }
 
@@ -351,6 +356,19 @@ async def test_models_that_nobody_serves_are_404_only_when_all_lists_are_known()
         async with gateway({"url": engine.url, "models": []}) as door:
             # Its list is not known: it may serve anything.
             assert (await door.post(body)).status == 200
+
+
+async def test_a_stream_that_is_only_a_refusal_is_an_error_answer_when_nobody_else_can() -> None:
+    async with backend(says(events(b"data: " + OVERLOADED + b"\n\n"))) as engine, gateway(engine.url) as door:
+        got = await door.post(STREAM)
+        assert (got.status, got.body, got.headers["content-type"]) == (503, OVERLOADED, "application/json")
+
+
+async def test_a_stream_that_speaks_of_errors_is_an_answer() -> None:
+    for first in (b'data: {"error":{"code":400}}\n\n', b'data: {"error":null,"choices":[]}\n\n', b'data: "error"\n\n'):
+        async with backend(says(events(first))) as engine, gateway(engine.url) as door:
+            got = await door.post(STREAM)
+            assert (got.status, got.body) == (200, first)
 
 
 async def test_an_evented_error_passes_as_a_stream() -> None:

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from picker.core.events import FailureKind, Finished, FirstByte, Left, Outcome, Progress
+from picker.core.events import FailureKind, Finished, FirstByte, Left, Outcome, Progress, Stalled
 from picker.core.ledger import Eviction
 from picker.core.updates import ProbeFailure, Remove, ScrapeFailed, Upsert
 from picker.core.values import Decision, Rejection, RejectionCode, Standing
@@ -249,6 +249,7 @@ async def test_an_eviction_reaches_only_its_own_request() -> None:
     second = asyncio.create_task(rig.dispatch(stuck_on(rig, "a"), key=2))
     assert (await second)[0] == "fine"
     rig.director.observe(FirstByte(2, rig.now))
+    rig.director.observe(Stalled(2, rig.now, stalled=True))
     rig.pass_time(2.3)
 
     await until(lambda: rig.seen == ["a", "b", "b"])

@@ -175,10 +175,25 @@ def test_a_client_that_reads_slowly_does_not_cost_the_endpoint_its_traffic() -> 
     world.reserve(1)
     world.run(0.3, tokens_per_step=100)
     world.store.progressed(1, world.now)
+    world.store.ledger.stall(1, world.now, stalled=True)
     world.run(60)
+    world.store.ledger.stall(1, world.now, stalled=False)
+    world.run(1)
 
     assert world.standing() is Standing.READY
     assert world.evicted == {}
+
+
+def test_an_engine_that_freezes_in_the_middle_of_all_its_answers_is_found() -> None:
+    """No new request need go there: token counters that rest tell, as long as the client takes what comes."""
+    world = World()
+    world.reserve(1)
+    world.run(1.0, tokens_per_step=5)
+    world.store.progressed(1, world.now)
+    world.run(4.3)
+
+    assert world.standing() is Standing.OUT
+    assert world.evicted == {}, "the client has seen a part of it"
 
 
 def test_an_engine_that_freezes_in_the_middle_is_found_by_the_next_request() -> None:
