@@ -224,11 +224,13 @@ class Fleet:
         return "\n".join(f"{name}: { ({key: row[key] for key in keys}) }" for name, row in rows.items())
 
     async def heal(self) -> None:
-        """Every switch off, everybody in rotation, nothing in flight."""
+        """Every switch off, everybody in rotation, nothing in flight; what a failed test left is forgotten."""
         for engine in self.engines:
             await engine.switch(reset=True, forget=True)
         await self.emptied()
         await self.all_ready()
+        self.calls.clear()
+        self.audited_to = self.gateway.position()
 
     async def emptied(self) -> float:
         """Waits until every counter of requests in flight is 0. Returns when."""
@@ -288,8 +290,9 @@ def running(
         fleet.audited_to = gateway.position()
         asyncio.run(fleet.all_ready())
         yield fleet
-        assert gateway.close() == 0
-        assert gateway.log()[-1]["event"] == "stopped"
+        code, last = gateway.close(), gateway.log()[-5:]
+        assert code == 0, (code, last)
+        assert any(line["event"] == "stopped" and line["cut"] == 0 for line in last), last
 
 
 # -- observation ---------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ async def test_everything_hangs(fleet: Fleet) -> None:
     async with fleet.load() as load:
         await asyncio.sleep(0.5)
         hung_at = await engine.switch(hang="all")
-        await asyncio.sleep(IDLE_S + 0.5)
+        await load.pass_time(hung_at, IDLE_S + 0.5)
         healed_at = await engine.switch(hang=None)
         await until(lambda: load.served(healed_at), fleet.describe)
         back_s = time.time() - healed_at
@@ -51,10 +51,11 @@ async def test_everything_hangs(fleet: Fleet) -> None:
     report("alone, hang all", waited_s=waited_s, slowest_refusal_s=slowest_s, back_s=back_s, fates=load.fates(hung_at))
     fates = {"504 upstream_timeout", "error_event upstream_timeout", "503 no_ready_endpoints"}
     assert {call.fate for call in victims} <= fates
-    assert waited_s < 2 * IDLE_S
+    late_s = load.stalled_s(hung_at)
+    assert waited_s < 2 * IDLE_S + late_s
     assert {call.fate for call in refused} == {"503 no_ready_endpoints"}
-    assert slowest_s < 0.5
-    assert back_s < 5
+    assert slowest_s < 0.5 + late_s
+    assert back_s < 5 + load.stalled_s(healed_at)
 
 
 async def test_the_only_engine_dies(fleet: Fleet) -> None:
@@ -64,12 +65,13 @@ async def test_the_only_engine_dies(fleet: Fleet) -> None:
         await asyncio.sleep(0.4)
         killed_at = engine.kill()
         await asyncio.sleep(0.5)
+        started_at = time.time()
         ready_at = await engine.restarted()
         await until(lambda: load.served(ready_at), fleet.describe)
     await fleet.audit()
 
     victims = [call for call in load.calls if call.sent_at < killed_at < call.ended_at]
-    refused = [call for call in load.calls if killed_at + 0.2 < call.sent_at < ready_at - 0.1]
+    refused = [call for call in load.calls if killed_at + 0.2 < call.sent_at and call.ended_at < started_at]
     report("alone, sigkill", victims=len(victims), fates=load.fates(killed_at))
     assert {call.fate for call in victims} <= {
         "ok",
@@ -78,7 +80,7 @@ async def test_the_only_engine_dies(fleet: Fleet) -> None:
         "502 upstream_unreachable",
         "503 no_ready_endpoints",
     }
-    assert max(call.ended_at for call in victims) - killed_at < 1
+    assert max(call.ended_at for call in victims) - killed_at < 1 + load.stalled_s(killed_at)
     assert {call.fate for call in refused} == {"503 no_ready_endpoints"}
 
 

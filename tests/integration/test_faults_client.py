@@ -20,7 +20,8 @@ import pytest
 
 MODEL = "tiny"
 CONCURRENCY = 64
-PATIENCE_S = 10.0
+PATIENCE_S = 20.0
+NAP_S = 0.02
 # What a client waits after a refusal; the SDK would wait longer.
 REFUSED_PAUSE_S = 0.05
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu")
@@ -234,9 +235,12 @@ class Load:
         self._keep_bodies = keep_bodies
         self._stopped = False
         self._tasks: list[asyncio.Task[None]] = []
+        self._napper: asyncio.Task[None] | None = None
+        self._late: list[tuple[float, float]] = []
         self.calls: list[Call] = []
 
     async def __aenter__(self) -> Load:
+        self._napper = asyncio.create_task(self._nap())
         self._tasks = [asyncio.create_task(self._client()) for _ in range(self._concurrency)]
         return self
 
@@ -251,6 +255,8 @@ class Load:
         for task in late:
             task.cancel()
         results = await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._napper is not None:
+            self._napper.cancel()
         if kind is None:
             assert not late, f"{len(late)} calls never ended"
             assert not any(results), results
@@ -287,6 +293,23 @@ class Load:
         finally:
             if wire is not None:
                 wire.abort()
+
+    async def _nap(self) -> None:
+        while True:
+            begun_at = time.time()
+            await asyncio.sleep(NAP_S)
+            late_s = time.time() - begun_at - 2 * NAP_S
+            if late_s > 0:
+                self._late.append((begun_at, late_s))
+
+    def stalled_s(self, since: float, *, span_s: float = 30.0) -> float:
+        """By how much this machine ran late in a span: what a deadline stretches by when others load the machine."""
+        return sum(late_s for at, late_s in self._late if since - NAP_S <= at < since + span_s)
+
+    async def pass_time(self, since: float, seconds: float) -> None:
+        """Waits until so many seconds have passed since a time, not counting those in which the machine stood still."""
+        while time.time() < since + seconds + self.stalled_s(since):
+            await asyncio.sleep(NAP_S)
 
     def fates(self, since: float = 0.0, until: float = float("inf")) -> Counter[str]:
         """How the calls that ended in a span of time ended."""

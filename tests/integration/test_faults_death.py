@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -38,8 +39,8 @@ async def test_sigkill_of_one_engine(fleet: Fleet) -> None:
     # What broke off was under way on the victim when it died; everything else is whole.
     assert set(load.fates()) <= {"ok", "error_event upstream_reset"}
     assert all(call.sent_at < killed_at and call.endpoint == victim.id for call in load.calls if call.broken_off)
-    assert out_s < OUT_WITHIN_S
-    assert back_s < BACK_WITHIN_S
+    assert out_s < OUT_WITHIN_S + load.stalled_s(killed_at)
+    assert back_s < BACK_WITHIN_S + load.stalled_s(ready_at)
     assert load.served(ready_at + back_s)[victim.id] > 0
 
 
@@ -49,7 +50,7 @@ async def test_all_engines_down(fleet: Fleet) -> None:
         await asyncio.sleep(0.5)
         killed_at = [engine.kill() for engine in fleet.engines][-1]
         await asyncio.sleep(1)
-        revived = fleet.engines[2]
+        revived, started_at = fleet.engines[2], time.time()
         ready_at = await revived.restarted()
         await until(lambda: load.served(ready_at))
         back_s = min(call.first_byte_at or 0 for call in load.calls if call.sent_at > ready_at and call.fate == "ok")
@@ -57,17 +58,16 @@ async def test_all_engines_down(fleet: Fleet) -> None:
     await asyncio.gather(*(engine.restarted() for engine in fleet.engines[:2]))
     await fleet.audit()
 
-    refused = [call for call in load.calls if killed_at + 0.2 < call.sent_at < ready_at]
+    refused = [call for call in load.calls if killed_at + 0.2 < call.sent_at and call.ended_at < started_at]
     slowest_s = max(call.ended_at - call.sent_at for call in refused)
     report("all down", back_s=back_s - ready_at, slowest_refusal_s=slowest_s, fates=load.fates(killed_at))
-    assert {call.fate for call in refused if call.ended_at < ready_at} == {"503 no_ready_endpoints"}
-    assert slowest_s < 0.5
+    assert {call.fate for call in refused} == {"503 no_ready_endpoints"}
+    assert slowest_s < 0.5 + load.stalled_s(killed_at)
     for call in refused:
-        if call.status == 503:
-            assert int(call.headers["retry-after-ms"]) > 0
-            assert int(call.headers["retry-after"]) > 0
+        assert int(call.headers["retry-after-ms"]) > 0
+        assert int(call.headers["retry-after"]) > 0
     assert set(load.served(ready_at)) == {revived.id}
-    assert back_s - ready_at < BACK_WITHIN_S
+    assert back_s - ready_at < BACK_WITHIN_S + load.stalled_s(ready_at)
 
 
 async def test_an_engine_restarts_by_itself(fleet: Fleet) -> None:
@@ -86,6 +86,6 @@ async def test_an_engine_restarts_by_itself(fleet: Fleet) -> None:
     report("restart", out_s=out_s, back_s=back_s, fates=load.fates(at))
     assert not load.early_failures()
     assert set(load.fates()) <= {"ok", "error_event upstream_reset"}
-    assert out_s < OUT_WITHIN_S
-    assert back_s < BACK_WITHIN_S
+    assert out_s < OUT_WITHIN_S + load.stalled_s(at)
+    assert back_s < BACK_WITHIN_S + load.stalled_s(at)
     assert standings(fleet.gateway.log(position), victim.id)[-1][1] == "ready"

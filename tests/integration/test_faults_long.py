@@ -162,8 +162,8 @@ async def test_sigkill_again_and_again(fleet: Fleet) -> None:
             await asyncio.sleep(1.2 + cycle / 3)
             ready_at = await victim.restarted()
             await until(lambda victim=victim, ready_at=ready_at: watch.chosen(victim.id, ready_at))  # type: ignore[misc]
-            out_s.append(watch.out_after_s(victim.id, killed_at))
-            back_s.append(watch.back_after_s(victim.id, ready_at))
+            out_s.append(watch.out_after_s(victim.id, killed_at) - load.stalled_s(killed_at))
+            back_s.append(watch.back_after_s(victim.id, ready_at) - load.stalled_s(ready_at))
     report("sigkill", cycles=CYCLES, out_max_s=max(out_s), back_max_s=max(back_s), fates=load.fates())
     print(f"\nout {[round(s, 3) for s in out_s]} back {[round(s, 3) for s in back_s]}")
     assert not load.early_failures()
@@ -186,8 +186,9 @@ async def test_hang_again_and_again(fleet: Fleet, hang: str, limit_s: float) -> 
             healed_at = await victim.switch(hang=None)
             await until(lambda victim=victim, healed_at=healed_at: load.served(healed_at)[victim.id] > 5)  # type: ignore[misc]
             changes = standings(fleet.gateway.log(position), victim.id)
-            out_s.append(next(at - hung_at for at, standing, _ in changes if standing == "out"))
-            back_s.append(watch.back_after_s(victim.id, healed_at))
+            out_at = next(at for at, standing, _ in changes if standing == "out")
+            out_s.append(out_at - hung_at - load.stalled_s(hung_at))
+            back_s.append(watch.back_after_s(victim.id, healed_at) - load.stalled_s(healed_at))
     report(f"hang {hang}", out_max_s=max(out_s), back_max_s=max(back_s), fates=load.fates())
     print(f"\nout {[round(s, 3) for s in out_s]} back {[round(s, 3) for s in back_s]}")
     assert not load.early_failures()
