@@ -1,0 +1,1 @@
+"""The gateway before real vLLM servers on this CPU: opt-in, `make test-real-vllm`."""
