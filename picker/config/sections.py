@@ -128,9 +128,9 @@ class ScrapeSection(Section):
     busy_interval: Duration = Field(
         default=0.2, description="Time between two scrapes of an endpoint with requests in flight."
     )
-    idle_interval: Duration = Field(default=2.0, description="Time between two scrapes of an idle endpoint.")
+    idle_interval: Duration = Field(default=1.0, description="Time between two scrapes of an idle endpoint.")
     timeout: Duration = Field(default=0.6, description="Longest wait for one metrics page.")
-    stale_after: Duration = Field(default=2.0, description="Figures older than this count as unknown.")
+    stale_after: Duration = Field(default=5.0, description="Figures older than this count as unknown.")
     models_interval: Duration = Field(default=15.0, description="Time between two reads of an endpoint's model list.")
 
     @model_validator(mode="after")
