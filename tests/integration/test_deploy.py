@@ -1,4 +1,4 @@
-"""What `deploy/` ships is what the tests with a real Envoy prove: same settings where it matters, and Envoy takes it."""
+"""What `deploy/` ships is what the tests with a real Envoy prove: the same settings, and Envoy takes it."""
 
 from __future__ import annotations
 
