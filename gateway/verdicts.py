@@ -33,7 +33,5 @@ def _of_rejection(rejection: Rejection, stored_id: str) -> ApiError:
             return errors.no_endpoints()
         case RejectionCode.SUBSET_EMPTY:
             return errors.subset_empty()
-        case RejectionCode.SHUTTING_DOWN:
-            return errors.shutting_down()
         case RejectionCode.NO_READY_ENDPOINTS:
             return errors.no_ready_endpoints()

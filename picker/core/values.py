@@ -174,7 +174,6 @@ class RejectionCode(enum.StrEnum):
     MODEL_NOT_FOUND = "model_not_found"
     SATURATED = "saturated"
     RESPONSE_GONE = "response_gone"
-    SHUTTING_DOWN = "shutting_down"
 
 
 class Rejection(msgspec.Struct, frozen=True, kw_only=True):

@@ -62,8 +62,6 @@ def rejected(rejection: Rejection) -> Refusal:
             return Refusal(errors.subset_empty())
         case RejectionCode.NO_ENDPOINTS:
             return Refusal(errors.no_endpoints())
-        case RejectionCode.SHUTTING_DOWN:
-            return Refusal(errors.shutting_down())
         case RejectionCode.RESPONSE_GONE:
             return Refusal(errors.response_gone(rejection.request.pinned or ""))
         case RejectionCode.NO_READY_ENDPOINTS | RejectionCode.MODEL_NOT_FOUND:

@@ -189,16 +189,6 @@ def bad_request(message: str, *, param: str | None = None, code: str = "bad_requ
     return ApiError(status=400, code=code, type="invalid_request_error", message=message, param=param)
 
 
-def invalid_json(message: str) -> ApiError:
-    """400: the body is not JSON."""
-    return bad_request(message, code="invalid_json")
-
-
-def unauthorized(message: str = "a valid API key is required") -> ApiError:
-    """401: Waypost checks keys itself and this one is missing or unknown."""
-    return ApiError(status=401, code="unauthorized", type="authentication_error", message=message)
-
-
 def not_found(path: str) -> ApiError:
     """404: the path is not one we relay."""
     message = f"unknown path: {path[:200]}"

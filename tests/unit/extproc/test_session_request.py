@@ -188,7 +188,6 @@ def test_nothing_is_answered_in_observability_mode() -> None:
         (RejectionCode.NO_READY_ENDPOINTS, 503, "rejected-no-endpoints"),
         (RejectionCode.SUBSET_EMPTY, 503, "rejected-no-endpoints"),
         (RejectionCode.MODEL_NOT_FOUND, 503, "rejected-no-endpoints"),
-        (RejectionCode.SHUTTING_DOWN, 503, "rejected-shutting-down"),
     ],
 )
 def test_refusals_of_the_director(code: RejectionCode, status: int, reason: str) -> None:

@@ -317,7 +317,6 @@ def test_old_clients_get_no_chunks() -> None:
         (RejectionCode.MODEL_NOT_FOUND, 404, "model_not_found"),
         (RejectionCode.SATURATED, 429, "saturated"),
         (RejectionCode.RESPONSE_GONE, 404, "response_gone"),
-        (RejectionCode.SHUTTING_DOWN, 503, "shutting_down"),
     ],
 )
 def test_refusals_of_the_brain(code: RejectionCode, status: int, said: str) -> None:
