@@ -60,6 +60,10 @@ run: $(INSTALLED)
 test: $(INSTALLED) $(ENVOY_INSTALLED)
 	REQUIRE_ENVOY=1 $(PYTEST) -m "not long and not real_vllm" $(ARGS)
 
+test-real-vllm: $(INSTALLED)
+	bash tests/real_vllm/setup.sh "$(WAYPOST_VLLM_DIR)"
+	WAYPOST_VLLM_DIR="$(abspath $(WAYPOST_VLLM_DIR))" WAYPOST_REQUIRE_VLLM=1 $(PYTEST) -m real_vllm $(ARGS)
+
 test-long: $(INSTALLED) $(ENVOY_INSTALLED)
 	REQUIRE_ENVOY=1 $(PYTEST) -m long $(ARGS)
 
