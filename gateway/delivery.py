@@ -90,10 +90,9 @@ class Delivery:
         self._on_id = on_id
         self._started = False
         self._torn = False
-        content_type = response.header(b"content-type").lower()
-        self._is_stream = content_type.startswith(b"text/event-stream")
+        self._is_stream = response.is_event_stream
         self._is_plain = not response.header(b"content-encoding")
-        renames = self._is_plain and (self._is_stream or b"json" in content_type)
+        renames = self._is_plain and (self._is_stream or b"json" in response.header(b"content-type").lower())
         self._rename = rename if renames else None
 
     async def run(self, headers: list[tuple[bytes, bytes]], guard: Guard) -> Delivered:

@@ -36,7 +36,7 @@ from gateway.intake import (
     understand,
 )
 from gateway.verdicts import verdict
-from picker.core.events import FailureKind, Finished, FirstByte, Outcome, Progress, Stalled, Usage
+from picker.core.events import PROGRESS_EVERY_S, FailureKind, Finished, FirstByte, Outcome, Progress, Stalled, Usage
 from picker.core.record import RequestRecord
 from picker.core.values import Decision
 from picker.director import Answer, Director, Failure, Guard
@@ -54,8 +54,6 @@ RETRY_STATUSES = frozenset((502, 503, 504, 529))
 # An engine's refusal is kept up to this size in case no other endpoint does better.
 KEPT_REFUSAL_BYTES = 64 * 2**10
 _JSON = ((b"content-type", b"application/json"),)
-# Progress is told to the brain at most this often per request; it only has to show life.
-PROGRESS_EVERY_S = 0.2
 
 
 class RelaySettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -314,15 +312,14 @@ class Relay:
     async def _deliver_error(self, exchange: Exchange, committed: Committed) -> bool:
         """An engine's error answer, except a stream, and except JSON too long to hold: that passes as it comes."""
         response = committed.response
-        content_type = response.header(b"content-type").lower()
-        if content_type.startswith(b"text/event-stream"):
+        if response.is_event_stream:
             return False
-        body = await _beginning(response, committed.first)
+        body = await response.read_up_to(KEPT_REFUSAL_BYTES, committed.first)
         if isinstance(body, FailureKind):
             exchange.outcome = Outcome.FAILED
             await self._refuse(exchange, errors.upstream_reset())
             return True
-        if not response.finished and b"json" in content_type:
+        if not response.finished and b"json" in response.header(b"content-type").lower():
             committed.first = body
             return False
         exchange.outcome = Outcome.COMPLETED
@@ -420,24 +417,10 @@ async def _refused(response: Response, first: bytes) -> Answer | None:
 
     A stream that is nothing but an error has a status of 200, since its headers went out before the engine was asked.
     """
-    if response.status == 200 and response.header(b"content-type").startswith(b"text/event-stream"):
+    if response.status == 200 and response.is_event_stream:
         found = errors.refused_stream(first)
         return Answer(found[0], _JSON, found[1]) if found is not None else None
     if response.status not in RETRY_STATUSES and not (response.status == 500 and errors.engine_died(first)):
         return None
-    body = await _beginning(response, first)
+    body = await response.read_up_to(KEPT_REFUSAL_BYTES, first)
     return Answer(response.status, response.headers, body if isinstance(body, bytes) else b"")
-
-
-async def _beginning(response: Response, first: bytes) -> bytes | FailureKind:
-    """An engine's error body, or its first KEPT_REFUSAL_BYTES; RESET when it breaks off."""
-    parts, size_bytes = [first], len(first)
-    while not response.finished and size_bytes <= KEPT_REFUSAL_BYTES:
-        chunk = await response.read()
-        if isinstance(chunk, FailureKind):
-            return chunk
-        if not chunk:
-            break
-        parts.append(chunk)
-        size_bytes += len(chunk)
-    return b"".join(parts)

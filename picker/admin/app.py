@@ -58,8 +58,9 @@ def build(
     @app.get("/readyz")
     async def readyz() -> JSONResponse:
         """Ready for traffic, with a reason for each condition that does not hold."""
-        failing = {name: reason for name, reason in checks().items() if reason is not None}
-        body: dict[str, Any] = {"status": "not ready" if failing else "ready", "checks": checks()}
+        conditions = checks()
+        failing = any(reason is not None for reason in conditions.values())
+        body = {"status": "not ready" if failing else "ready", "checks": conditions}
         return JSONResponse(body, status_code=503 if failing else 200)
 
     @app.get("/metrics")

@@ -50,8 +50,12 @@ class FirstByte(msgspec.Struct, frozen=True):
     refused: bool = False
 
 
+# Doors tell progress at most this often per request; it only has to show life.
+PROGRESS_EVERY_S = 0.2
+
+
 class Progress(msgspec.Struct, frozen=True):
-    """More body arrived. Doors send it at most every 200 ms per request; it only has to show life."""
+    """More body arrived; told at most every PROGRESS_EVERY_S."""
 
     key: int
     at: float

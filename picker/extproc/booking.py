@@ -6,6 +6,7 @@ Owned by a session. It decides nothing: the session says how the request ended.
 from __future__ import annotations
 
 from picker.core.events import (
+    PROGRESS_EVERY_S,
     AttemptFailed,
     FailureKind,
     Finished,
@@ -20,8 +21,6 @@ from picker.core.record import RequestRecord
 from picker.core.values import Decision
 from picker.extproc.messages import Action, Observe, Report
 from picker.extproc.question import Head
-
-PROGRESS_EVERY_S = 0.2
 
 End = Finished | AttemptFailed | Left
 """The events that end a request's books."""

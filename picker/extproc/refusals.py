@@ -16,6 +16,7 @@ from picker.extproc.messages import Immediate
 from picker.openai import errors
 from picker.openai.errors import ApiError
 from picker.openai.parse import BadRequest
+from picker.openai.rejections import error_of
 from picker.openai.routes import match_suffix
 
 
@@ -55,17 +56,10 @@ def cannot_rewrite() -> Refusal:
 
 def rejected(rejection: Rejection) -> Refusal:
     """The director chose nobody."""
-    match rejection.code:
-        case RejectionCode.SATURATED:
-            return Refusal(errors.saturated())
-        case RejectionCode.SUBSET_EMPTY:
-            return Refusal(errors.subset_empty())
-        case RejectionCode.NO_ENDPOINTS:
-            return Refusal(errors.no_endpoints())
-        case RejectionCode.RESPONSE_GONE:
-            return Refusal(errors.response_gone(rejection.request.pinned or ""))
-        case RejectionCode.NO_READY_ENDPOINTS | RejectionCode.MODEL_NOT_FOUND:
-            return Refusal(errors.no_ready_endpoints())
+    if rejection.code is RejectionCode.MODEL_NOT_FOUND:
+        # Behind a proxy there are routes we do not see, so this door never says that a model does not exist.
+        return Refusal(errors.no_ready_endpoints())
+    return Refusal(error_of(rejection, stored_id=rejection.request.pinned or ""))
 
 
 def no_address() -> Refusal:

@@ -98,7 +98,10 @@ class Upstream:
                 if isinstance(response, FailureKind):
                     return ProbeFailure.REFUSED
                 try:
-                    return await _read_up_to(response, limit_bytes)
+                    body = await response.read_up_to(limit_bytes)
+                    if isinstance(body, FailureKind):
+                        return ProbeFailure.REFUSED
+                    return Fetched(response.status, body[:limit_bytes])
                 finally:
                     response.close()
         except TimeoutError:
@@ -141,17 +144,3 @@ def _split(url: str) -> tuple[str, str]:
     parts = urlsplit(url)
     target = parts.path or "/"
     return f"{parts.scheme}://{parts.netloc}", f"{target}?{parts.query}" if parts.query else target
-
-
-async def _read_up_to(response: Response, limit_bytes: int) -> Fetched | ProbeFailure:
-    parts: list[bytes] = []
-    size_bytes = 0
-    while size_bytes < limit_bytes:
-        chunk = await response.read()
-        if isinstance(chunk, FailureKind):
-            return ProbeFailure.REFUSED
-        if not chunk:
-            break
-        parts.append(chunk)
-        size_bytes += len(chunk)
-    return Fetched(response.status, b"".join(parts)[:limit_bytes])

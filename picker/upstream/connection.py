@@ -264,6 +264,22 @@ class Response:
         """The next bytes as they arrived, empty at the end of the body; RESET when the connection died before it."""
         return await self._connection.read()
 
+    async def read_up_to(self, limit_bytes: int, first: bytes = b"") -> bytes | FailureKind:
+        """The body from `first` on, or its beginning once that passes `limit_bytes`; RESET when it breaks off."""
+        parts, size_bytes = [first], len(first)
+        while not self.finished and size_bytes <= limit_bytes:
+            chunk = await self.read()
+            if isinstance(chunk, FailureKind):
+                return chunk
+            parts.append(chunk)
+            size_bytes += len(chunk)
+        return b"".join(parts)
+
+    @property
+    def is_event_stream(self) -> bool:
+        """Whether the body is server-sent events."""
+        return self.header(b"content-type").lower().startswith(b"text/event-stream")
+
     @property
     def finished(self) -> bool:
         """Whether the whole body has been read."""
