@@ -23,6 +23,7 @@ def main() -> int:
     parser.add_argument("--lora", default="", help="comma separated adapter names")
     parser.add_argument("--max-num-queued-reqs", type=int, default=None)
     parser.add_argument("--api-key", default=None)
+    parser.add_argument("--drain", type=float, default=0.0, help="seconds running requests may take after a signal")
     given = parser.parse_args()
     try:
         specs = specs_for(
@@ -39,7 +40,7 @@ def main() -> int:
         )
     except ValueError as error:
         parser.error(str(error))
-    return run_specs(specs, host=given.host)
+    return run_specs(specs, host=given.host, drain_s=given.drain)
 
 
 if __name__ == "__main__":

@@ -93,8 +93,11 @@ def specs_for(
     ]
 
 
-def run_specs(specs: Sequence[EngineSpec], *, host: str = "127.0.0.1") -> int:
-    """Serve until SIGINT or SIGTERM, one line ``ready URL`` per engine on stdout. Returns the exit code."""
+def run_specs(specs: Sequence[EngineSpec], *, host: str = "127.0.0.1", drain_s: float = 0.0) -> int:
+    """Serve until SIGINT or SIGTERM, one line ``ready URL`` per engine on stdout. Returns the exit code.
+
+    After the signal, requests that run have ``drain_s`` to end; with 0 the engines die at once.
+    """
 
     async def serve() -> None:
         stop = asyncio.Event()
@@ -106,6 +109,8 @@ def run_specs(specs: Sequence[EngineSpec], *, host: str = "127.0.0.1") -> int:
                 # One write, so that the lines of several processes on one pipe do not mix.
                 print(f"ready {url}\n", end="", flush=True)
             await stop.wait()
+            if drain_s:
+                await asyncio.gather(*(server.drain(drain_s) for server in running.servers))
 
     try:
         uvloop.run(serve())

@@ -142,6 +142,8 @@ class Connection(asyncio.Protocol):
         self._queue: deque[HttpRequest] = deque()
         self._keep_alive = True
         self._muted = False
+        self._leaving = False
+        self.lost = asyncio.Event()
 
     # asyncio.Protocol
 
@@ -152,6 +154,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        self.lost.set()
         self.application.connections.discard(self)
         self._queue.clear()
         reply, self._reply = self._reply, None
@@ -225,13 +228,19 @@ class Connection(asyncio.Protocol):
         self._reply = None
         if self._queue and not self._muted:
             self._serve(self._queue.popleft())
-        elif not self._keep_alive and not self._queue:
+        elif (self._leaving or not self._keep_alive) and not self._queue:
             self.close()
 
     def close(self) -> None:
         """FIN, after what was written."""
         if self._transport is not None:
             self._transport.close()
+
+    def finish(self) -> None:
+        """Close as soon as what was asked has been answered."""
+        self._leaving = True
+        if self._reply is None and not self._queue:
+            self.close()
 
     def drop(self) -> None:
         """Close at once and lose what was not sent, as when a process dies."""

@@ -69,6 +69,19 @@ class EngineServer:
         # One turn of the loop lets the transports close their sockets.
         await asyncio.sleep(0)
 
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new connections and close each when its requests are answered, as servers do on SIGTERM; return when
+        all are closed or the time is over.
+        """
+        if self._listener is not None:
+            self._listener.close()
+        for connection in tuple(self.connections):
+            connection.finish()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                for connection in tuple(self.connections):
+                    await connection.lost.wait()
+
     # Application of the connections
 
     def silent(self, path: str) -> bool:

@@ -343,3 +343,19 @@ async def test_processes_die_alone_and_stop_together() -> None:
         assert await asyncio.wait_for(process.wait(), PATIENCE_S) == 0
         with pytest.raises(httpx.TransportError):
             await client.get(f"{urls[1]}/health")
+
+
+async def test_a_draining_engine_answers_what_it_has_and_takes_nothing_new() -> None:
+    async with await serve_engines([EngineSpec(profile=PACED, model="tiny")]) as running:
+        server = running.servers[0]
+        async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S, trust_env=False) as client:
+            await client.get("/health")
+            asked = asyncio.create_task(client.post("/v1/chat/completions", json={**HELLO, "model": "tiny"}))
+            await state_where(client, running=1)
+            await server.drain(PATIENCE_S)
+            answer = await asked
+            assert answer.status_code == 200
+            assert answer.json()["usage"]["completion_tokens"] == HELLO["max_tokens"]
+            assert not server.connections
+            with pytest.raises(httpx.ConnectError):
+                await client.get("/health")
