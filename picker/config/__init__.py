@@ -3,9 +3,11 @@
 Sits above `scorers` and `picker.core` and imports neither: names of plugins come in as `KnownNames`. Prints nothing.
 """
 
-from picker.config.fleet import CredentialsEntry, EndpointEntry, EndpointsSection
+from picker.config.announcement import Announcement
+from picker.config.fleet import CredentialsEntry, DnsEntry, EndpointEntry, EndpointsSection, RegistrationSection
+from picker.config.kubernetes import KubernetesSection, PoolEntry, RoleLabel
 from picker.config.layers import CONFIG_VARIABLE, Origin
-from picker.config.load import Loaded, is_problems, load, load_endpoint_file
+from picker.config.load import Loaded, is_problems, load, load_endpoint_file, parse_announcement
 from picker.config.model import Config, FilterEntry, PickerEntry, ProfileEntry, ScorerEntry
 from picker.config.problems import KeyPath, Problem
 from picker.config.sections import (
@@ -19,14 +21,17 @@ from picker.config.sections import (
     ScrapeSection,
     TimeoutsSection,
 )
+from picker.config.selector import LabelSelector, matching, parse_selector
 from picker.config.show import effective_json, effective_text, example, leaves, schema
 from picker.config.values import HostPort, KnownNames, MemoryBound, format_duration, format_size
 
 __all__ = [
     "CONFIG_VARIABLE",
     "AdminSection",
+    "Announcement",
     "Config",
     "CredentialsEntry",
+    "DnsEntry",
     "DrainSection",
     "EndpointEntry",
     "EndpointsSection",
@@ -36,6 +41,8 @@ __all__ = [
     "HostPort",
     "KeyPath",
     "KnownNames",
+    "KubernetesSection",
+    "LabelSelector",
     "LimitsSection",
     "Loaded",
     "LogSection",
@@ -43,8 +50,11 @@ __all__ = [
     "Origin",
     "PickerEntry",
     "PickerSection",
+    "PoolEntry",
     "Problem",
     "ProfileEntry",
+    "RegistrationSection",
+    "RoleLabel",
     "ScorerEntry",
     "ScrapeSection",
     "TimeoutsSection",
@@ -57,5 +67,8 @@ __all__ = [
     "leaves",
     "load",
     "load_endpoint_file",
+    "matching",
+    "parse_announcement",
+    "parse_selector",
     "schema",
 ]

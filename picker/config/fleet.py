@@ -5,6 +5,7 @@ The same entry is used in the configuration and in the watched endpoints file. N
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -22,7 +23,18 @@ from pydantic_core import CoreSchema
 
 from picker.config.secrets import Secret
 from picker.config.sections import Section
-from picker.config.values import EndpointUrl, FilePath, Host, HostPort, PageUrl, context_of, refuse
+from picker.config.values import (
+    Duration,
+    EndpointUrl,
+    FilePath,
+    Host,
+    HostPort,
+    PageUrl,
+    Port,
+    ServiceName,
+    context_of,
+    refuse,
+)
 
 Engine = Literal["auto", "vllm", "sglang", "trtllm", "triton", "nim", "none"]
 EndpointRole = Literal["both", "prefill", "decode", "encode"]
@@ -44,7 +56,18 @@ def _credentials_exist(value: object, info: ValidationInfo) -> object:
     return value
 
 
+def _prefix(value: object) -> object:
+    if value in ("", "/"):
+        return ""
+    if not isinstance(value, str) or not _PREFIX.fullmatch(value):
+        raise refuse("must be a path such as /openai, without a slash at its end")
+    return value
+
+
+_PREFIX = re.compile(r"(?:/[A-Za-z0-9._~-]*[A-Za-z0-9_~-])+")
 Name = Annotated[str, StringConstraints(min_length=1, max_length=253), AfterValidator(_name)]
+CredentialsName = Annotated[Name, BeforeValidator(_credentials_exist)]
+PathPrefix = Annotated[str, BeforeValidator(_prefix), StringConstraints(max_length=253)]
 LabelText = Annotated[str, StringConstraints(max_length=253)]
 
 
@@ -63,8 +86,11 @@ class EndpointEntry(Section):
     models: tuple[Name, ...] = Field(default=(), max_length=1000, description="The models served.")
     engine: Engine = Field(default="auto", description="Which engine it is; auto probes, none means it has no metrics.")
     group: Name | None = Field(default=None, description="Name of a group of endpoints that belong together.")
-    credentials: Annotated[Name, BeforeValidator(_credentials_exist)] | None = Field(
-        default=None, description="Name of an entry under credentials:."
+    credentials: CredentialsName | None = Field(default=None, description="Name of an entry under credentials:.")
+    path_prefix: PathPrefix | None = Field(default=None, description="Put before /v1 for this server.")
+    bootstrap_port: Port | None = Field(default=None, description="Port of SGLang's bootstrap server (prefill).")
+    endpoint_class: Name | None = Field(
+        default=None, description="Name of its hardware; servers of one class cost alike."
     )
     metrics_url: PageUrl | None = Field(
         default=None, description="Where its metrics are, if not at the engine's usual place."
@@ -108,6 +134,34 @@ class EndpointEntry(Section):
         return {"anyOf": [{"type": "string", "description": "URL of a model server."}, handler(core_schema)]}
 
 
+class DnsEntry(Section):
+    """A name with many addresses, each a model server. In YAML a bare HOST:PORT stands for its `name` alone."""
+
+    name: ServiceName = Field(description="HOST:PORT; every address of HOST is an endpoint.")
+    scheme: Literal["http", "https"] = Field(default="http", description="How to talk to them.")
+    engine: Engine = Field(default="auto", description="Which engine they run.")
+    model: Name | None = Field(default=None, description="The one model they serve, if they shall not be asked.")
+    credentials: CredentialsName | None = Field(default=None, description="Name of an entry under credentials:.")
+    path_prefix: PathPrefix | None = Field(default=None, description="Put before /v1 for these servers.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_name(cls, data: Any) -> Any:
+        return {"name": data} if isinstance(data, str) else data
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [{"type": "string", "description": "HOST:PORT."}, handler(core_schema)]}
+
+
+class RegistrationSection(Section):
+    """Model servers that announce themselves, for clusters of other kinds (Slurm, RL jobs)."""
+
+    enabled: bool = Field(default=False, description="Accept registrations; needs admin.token.")
+    ttl: Duration = Field(default=30.0, description="How long an entry lives if its registrant names no time.")
+    ttl_max: Duration = Field(default=3600.0, description="Longest time a registrant may name.")
+
+
 class EndpointsSection(Section):
     """Where endpoints come from."""
 
@@ -127,6 +181,9 @@ class EndpointsSection(Section):
                     "engine": "vllm",
                     "group": "g",
                     "credentials": "main",
+                    "path_prefix": "/openai",
+                    "bootstrap_port": 8998,
+                    "endpoint_class": "H100",
                     "metrics_url": "http://10.0.0.2:8000/metrics",
                 },
             ]
@@ -137,6 +194,23 @@ class EndpointsSection(Section):
         description="A file that is watched; it holds `endpoints:` with the same entries.",
         examples=["endpoints.yaml"],
     )
+    dns: tuple[DnsEntry, ...] = Field(
+        default=(),
+        max_length=64,
+        description="Names whose every address is a model server (headless Services), each HOST:PORT or a mapping.",
+        examples=[["vllm.default.svc.cluster.local:8000"]],
+    )
+    registration: RegistrationSection = Field(
+        default=RegistrationSection(), description="POST and DELETE /endpoints on the admin port."
+    )
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> EndpointsSection:
+        names = [str(entry.name) for entry in self.dns]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise refuse(f"{twice} is there twice", at="dns")
+        return self
 
 
 class EndpointFile(Section):

@@ -6,13 +6,14 @@ Precedence: flags, then environment, then file, then defaults. Reads files; prin
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeGuard, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from picker.config.announcement import Announcement
 from picker.config.fields import annotation_at, around_secret, at_secret, keys_at, secret_patterns
 from picker.config.fleet import EndpointEntry, EndpointFile
 from picker.config.layers import Layers, Origin, add_environment, add_file, add_flags
@@ -21,7 +22,7 @@ from picker.config.model import Config
 from picker.config.problems import KeyPath, Problem, in_reading_order, sentence, shown
 from picker.config.secrets import REFERENCE
 from picker.config.show import leaves
-from picker.config.values import Context, KnownNames
+from picker.config.values import Context, KnownNames, format_duration
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,8 @@ class Loaded:
 
 
 M = TypeVar("M", bound=BaseModel)
+# Where the problems of an announcement are.
+_BODY = "body"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,23 @@ def load_endpoint_file(path: Path, *, credentials: frozenset[str] | None = None)
     context = Context(base_dir=path.parent, credentials=credentials)
     found, problems = _validate(sources, context)
     return list(found.endpoints) if found is not None and not problems else problems
+
+
+def parse_announcement(data: object, *, credentials: frozenset[str], ttl_max_s: float) -> Announcement | list[Problem]:
+    """What a model server says of itself, as decoded JSON, or everything that is wrong with it.
+
+    The same keys and messages as for an entry of the configuration. `credentials` are the names it may use.
+    """
+    if not isinstance(data, dict):
+        return [Problem(_BODY, "must be a JSON object")]
+    sources = _Sources(Announcement, Document("", data))
+    add_file(sources.layers, sources.document)
+    found, problems = _validate(sources, Context(credentials=credentials))
+    if found is not None and found.ttl is not None and found.ttl > ttl_max_s:
+        problems.append(Problem(_BODY, f"must be at most {format_duration(ttl_max_s)}", path="ttl"))
+    if found is None or problems:
+        return [replace(problem, source=_BODY) for problem in problems]
+    return found
 
 
 def is_problems(result: Loaded | Sequence[EndpointEntry] | Sequence[Problem]) -> TypeGuard[list[Problem]]:

@@ -21,6 +21,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from picker.config.fleet import CredentialsEntry, EndpointsSection, Name
+from picker.config.kubernetes import KubernetesSection
 from picker.config.sections import (
     AdminSection,
     DrainSection,
@@ -145,6 +146,9 @@ class Config(Section):
         ],
     )
     endpoints: EndpointsSection = Field(default=EndpointsSection(), description="The model servers.")
+    kubernetes: KubernetesSection = Field(
+        default=KubernetesSection(), description="Pods of a cluster as model servers."
+    )
     credentials: dict[Name, CredentialsEntry] = Field(
         default_factory=dict,
         max_length=1000,
@@ -178,3 +182,9 @@ class Config(Section):
     log: LogSection = Field(
         default=LogSection(), description="One line per request on stderr; prompts are never logged."
     )
+
+    @model_validator(mode="after")
+    def _registration_is_guarded(self) -> Config:
+        if self.endpoints.registration.enabled and self.admin.token is None:
+            raise refuse("needs admin.token: whoever registers decides where requests go", at="endpoints")
+        return self

@@ -68,6 +68,10 @@ class AdminSection(Section):
         default=HostPort("127.0.0.1", 9090),
         description="HOST:PORT of /healthz, /readyz, /metrics and /debug for `waypost run`.",
     )
+    reference_metrics: bool = Field(
+        default=False,
+        description="Show metrics under the names of the reference picker too (inference_pool_*, llm_d_epp_*).",
+    )
     token: Secret | None = Field(
         default=None,
         description="Bearer token for the debug pages and x-waypost-explain. Without one they answer on loopback only.",
@@ -189,6 +193,10 @@ class PickerSection(Section):
     emit_scores: bool = Field(default=False, description="Put the scores of the decision into the dynamic metadata.")
     max_message: Size = Field(default=64 * 2**20, description="Largest gRPC message accepted.")
     max_streams: Count = Field(default=10_000, description="ext-proc streams open at once.")
+    conformance: bool = Field(
+        default=False,
+        description="Obey test-epp-endpoint-selection and say who served, as conformance tests of gateways want it.",
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> PickerSection:

@@ -206,6 +206,14 @@ def is_ip(text: str, *, version: int = 0) -> bool:
     return version in (0, address.version)
 
 
+def parse_service(value: object) -> HostPort:
+    """`name:8000`: a host name and the port of every address behind it."""
+    parsed = parse_host_port(value)
+    if not parsed.host or is_ip(parsed.host) or not parsed.port:
+        raise refuse("must be NAME:PORT with a host name and a port other than 0")
+    return parsed
+
+
 def parse_host(value: object) -> str:
     """An IP address without brackets, or a host name."""
     if isinstance(value, str) and len(value) <= 253 and (is_ip(value) or _HOST_NAME.fullmatch(value)):
@@ -300,6 +308,13 @@ Address = Annotated[
     PlainSerializer(str, return_type=str),
     WithJsonSchema({"type": "string", "examples": ["127.0.0.1:8080", "[::1]:8080", ":8080"]}),
 ]
+ServiceName = Annotated[
+    HostPort,
+    PlainValidator(parse_service),
+    PlainSerializer(str, return_type=str),
+    WithJsonSchema({"type": "string", "examples": ["vllm.default.svc.cluster.local:8000"]}),
+]
+"""A host name with many addresses, and their port."""
 Host = Annotated[str, PlainValidator(parse_host), WithJsonSchema({"type": "string", "examples": ["0.0.0.0", "::"]})]
 EndpointUrl = Annotated[
     str, PlainValidator(parse_endpoint_url), WithJsonSchema({"type": "string", "pattern": "^https?://"})
