@@ -17,13 +17,13 @@ from picker.core.ledger import Deadlines, Eviction, Flight, Ledger
 from picker.core.pace import Pace
 from picker.core.updates import (
     Alive,
+    EndpointUpdate,
     ModelsListed,
     Remove,
     Replace,
     Scraped,
     ScrapeFailed,
     SignalUpdate,
-    SourceUpdate,
     Upsert,
 )
 from picker.core.values import Endpoint, EndpointState, InferenceRequest, Signals, Snapshot, Standing
@@ -104,7 +104,7 @@ class Datastore:
 
     # -- sources and signals -----------------------------------------------------------------------
 
-    def apply(self, update: SourceUpdate | SignalUpdate) -> None:
+    def apply(self, update: EndpointUpdate | SignalUpdate) -> None:
         """Takes in one update. Signals about an endpoint that is gone are ignored."""
         match update:
             case Scraped() | ScrapeFailed() | Alive() | ModelsListed():
@@ -413,7 +413,8 @@ class Datastore:
 def _same_process(before: Endpoint, after: Endpoint) -> bool:
     """Whether what was learnt about an endpoint still holds. A host name that was not resolved has no address yet."""
     known = before.address and after.address
-    return before.url == after.url and (not known or before.address == after.address)
+    moved = before.url != after.url or (known and before.address != after.address)
+    return not moved and before.instance == after.instance
 
 
 def _metrics_elsewhere(endpoint: Endpoint) -> bool:

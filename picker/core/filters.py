@@ -32,6 +32,20 @@ class PinnedFilter(msgspec.Struct, frozen=True):
         return [None if state.endpoint.id == request.pinned else "does not hold the response" for state in states]
 
 
+class PoolFilter(msgspec.Struct, frozen=True):
+    """Keeps the endpoints of the pool a request asks for. Final: other pools serve other purposes."""
+
+    name: str = "pool"
+    refusal: RejectionCode = RejectionCode.POOL_NOT_FOUND
+
+    def reject(self, request: InferenceRequest, states: Sequence[EndpointState]) -> Verdicts:
+        """Rejects endpoints outside `request.pool`; keeps all when any pool will do."""
+        pool = request.pool
+        if pool is None:
+            return [None] * len(states)
+        return [None if state.endpoint.pool == pool else "in another pool" for state in states]
+
+
 class SubsetFilter(msgspec.Struct, frozen=True):
     """Keeps the endpoints the proxy allows: `ip:port` matches exactly, a bare `ip` matches all its ports. Final, as
     the contract demands.
@@ -181,6 +195,7 @@ class LoraFilter(msgspec.Struct, frozen=True):
 
 BUILTIN: Mapping[str, Callable[..., Filter]] = {
     "pinned": PinnedFilter,
+    "pool": PoolFilter,
     "subset": SubsetFilter,
     "role": RoleFilter,
     "model": ModelFilter,
@@ -193,7 +208,7 @@ BUILTIN: Mapping[str, Callable[..., Filter]] = {
 
 # What no policy may switch off: breaking one of these sends a request where it cannot be served.
 # Tried comes before health, so that after a failure of the only ready endpoint a degraded one gets its chance.
-ALWAYS: tuple[str, ...] = ("pinned", "subset", "role", "model", "tried", "health")
+ALWAYS: tuple[str, ...] = ("pinned", "pool", "subset", "role", "model", "tried", "health")
 
 
 def build(name: str, params: Mapping[str, Any] | None = None) -> Filter:

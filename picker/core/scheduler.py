@@ -33,6 +33,7 @@ _MESSAGES = {
     RejectionCode.NO_ENDPOINTS: "no model servers are known",
     RejectionCode.NO_READY_ENDPOINTS: "no model server is ready to serve this request",
     RejectionCode.SUBSET_EMPTY: "no model server of the proxy's subset is available",
+    RejectionCode.POOL_NOT_FOUND: "no model server is in the pool this request asks for",
     RejectionCode.SATURATED: "all model servers are saturated",
     RejectionCode.RESPONSE_GONE: "the model server that holds this response is gone",
 }

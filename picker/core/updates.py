@@ -6,6 +6,7 @@ import enum
 
 import msgspec
 
+from picker.core.rules import Objective, Rewrite
 from picker.core.values import Endpoint, Signals
 
 
@@ -30,7 +31,18 @@ class Remove(msgspec.Struct, frozen=True):
     endpoint_id: str
 
 
-SourceUpdate = Replace | Upsert | Remove
+EndpointUpdate = Replace | Upsert | Remove
+
+
+class RulesChanged(msgspec.Struct, frozen=True):
+    """These are all objectives and rewrites the source knows; `rewrites` in order of precedence."""
+
+    source: str
+    objectives: tuple[Objective, ...] = ()
+    rewrites: tuple[Rewrite, ...] = ()
+
+
+SourceUpdate = EndpointUpdate | RulesChanged
 
 
 class ProbeFailure(enum.StrEnum):

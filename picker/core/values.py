@@ -13,6 +13,8 @@ from collections.abc import Mapping
 
 import msgspec
 
+from picker.core.prefix.prompt import Match, PromptKeys
+
 
 class Role(enum.StrEnum):
     """What a model server does with a request."""
@@ -23,20 +25,43 @@ class Role(enum.StrEnum):
     ENCODE = "encode"
 
 
+class Place(msgspec.Struct, frozen=True):
+    """Where an endpoint runs, as far as it is known; prefill and decode are paired by what they share."""
+
+    node: str = ""
+    zone: str = ""
+    rack: str = ""
+
+
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     """One model server that can be addressed: a pod's port, a host, a data-parallel rank.
 
     `id` is unique and stable over restarts of Waypost; `address` is `ip:port` (IPv6 in brackets) as Envoy wants it,
-    empty while a host name is not resolved; `url` has scheme, host and port and no path. `credentials` names an entry
-    of the configuration, never a secret.
+    empty while a host name is not resolved; `url` has scheme, host and port and no path. `path_prefix` goes before the
+    path of every API request (`/openai` for KServe's Hugging Face runtime). `credentials` names an entry of the
+    configuration, never a secret.
+
+    `pool` is `namespace/name`, empty outside Kubernetes. `group` and `revision` say which prefill and decode servers
+    were deployed as one. `instance` changes when the processes behind the endpoint are others: what was learnt of it
+    (health, cached prefixes) is void then. `endpoint_class` names the hardware (accelerator, node group): endpoints of
+    one class cost alike. `rank` counts the ports of one pod; `bootstrap_port` is SGLang's, 0 when there is none.
     """
 
     id: str
     url: str
     address: str = ""
+    path_prefix: str = ""
     role: Role = Role.BOTH
     engine: str = "auto"
+    pool: str = ""
+    pod: str = ""
+    rank: int = 0
+    instance: str = ""
     group: str = ""
+    revision: str = ""
+    endpoint_class: str = ""
+    place: Place = Place()
+    bootstrap_port: int = 0
     credentials: str = ""
     models: frozenset[str] = frozenset()
     metrics_url: str = ""
@@ -74,10 +99,13 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     `key` is unique in this process and keys the ledger; `id` is the `x-request-id` people see, which clients may
     repeat. `target_model` is the name the engines see after a rewrite. `subset` holds `ip:port` or bare `ip` entries
-    the proxy restricted us to; None is no restriction, empty is nobody. `pinned` is the one endpoint that may serve
-    (it holds the state asked for). `tried` endpoints failed this request already. `strict_model` refuses a model
-    nobody serves (the gateway door); without it such a request goes anywhere, and the engine answers. `sees_body` is
-    false where the door does not see the response body, so that silence there proves nothing.
+    the proxy restricted us to; None is no restriction, empty is nobody. `pool` is the one pool (`namespace/name`) that
+    may serve, None for any. `objective` is the name a client gave its purpose and `priority` what that name means; 0 is
+    usual, below 0 may be shed. `pinned` is the one endpoint that may serve (it holds the state asked for). `tried`
+    endpoints failed this request already. `strict_model` refuses a model nobody serves (the gateway door); without it
+    such a request goes anywhere, and the engine answers. `sees_body` is false where the door does not see the response
+    body, so that silence there proves nothing. `keys` are the prefixes of its prompt, None where they were not made;
+    `matches` is what endpoints hold of it, by endpoint id, as of the decision.
     """
 
     key: int
@@ -91,10 +119,15 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     max_output_tokens: int | None = None
     session: str | None = None
     subset: frozenset[str] | None = None
+    pool: str | None = None
+    objective: str | None = None
+    priority: int = 0
     pinned: str | None = None
     tried: frozenset[str] = frozenset()
     strict_model: bool = False
     sees_body: bool = True
+    keys: PromptKeys | None = None
+    matches: Mapping[str, Match] = {}
 
     @property
     def expected_tokens(self) -> int:
@@ -118,7 +151,7 @@ class EndpointState(msgspec.Struct, frozen=True, kw_only=True):
 
     `waiting` and `running` are the engine's last figures corrected by what we dispatched and saw finish since; None
     when the engine tells nothing fresh. `in_flight` and `in_flight_tokens` are our own exact counts. `models` is what
-    the engine serves, None when unknown.
+    the engine serves, None when unknown. `cold_at` is when a prompt that nobody held anything of was last sent there.
     """
 
     endpoint: Endpoint
@@ -130,6 +163,7 @@ class EndpointState(msgspec.Struct, frozen=True, kw_only=True):
     running: float | None = None
     in_flight: int = 0
     in_flight_tokens: int = 0
+    cold_at: float = 0.0
 
 
 class Snapshot(msgspec.Struct, frozen=True):
@@ -171,6 +205,7 @@ class RejectionCode(enum.StrEnum):
     NO_ENDPOINTS = "no_endpoints"
     NO_READY_ENDPOINTS = "no_ready_endpoints"
     SUBSET_EMPTY = "subset_empty"
+    POOL_NOT_FOUND = "pool_not_found"
     MODEL_NOT_FOUND = "model_not_found"
     SATURATED = "saturated"
     RESPONSE_GONE = "response_gone"

@@ -277,6 +277,11 @@ def subset_empty(message: str = "no ready endpoint is in the subset the proxy as
     return _unavailable("subset_empty", message)
 
 
+def pool_not_found(message: str = "no endpoint is in the pool this request asks for") -> ApiError:
+    """503: the pool does not exist, or nothing is in it."""
+    return _unavailable("pool_not_found", message)
+
+
 def shutting_down() -> ApiError:
     """503: this process drains."""
     return _unavailable("shutting_down", "this gateway is shutting down", dropped_reason="rejected-shutting-down")

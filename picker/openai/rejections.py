@@ -18,6 +18,8 @@ def error_of(rejection: Rejection, *, stored_id: str) -> ApiError:
             return errors.saturated()
         case RejectionCode.NO_ENDPOINTS:
             return errors.no_endpoints()
+        case RejectionCode.POOL_NOT_FOUND:
+            return errors.pool_not_found()
         case RejectionCode.SUBSET_EMPTY:
             return errors.subset_empty()
         case RejectionCode.NO_READY_ENDPOINTS:

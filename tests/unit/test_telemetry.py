@@ -250,10 +250,15 @@ def test_a_request_has_no_place_for_its_prompt() -> None:
         "max_output_tokens",
         "session",
         "subset",
+        "pool",
+        "objective",
+        "priority",
         "pinned",
         "tried",
         "strict_model",
         "sees_body",
+        "keys",
+        "matches",
     }
 
 

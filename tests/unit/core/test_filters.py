@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import Any
 
 import pytest
 
+from picker import policies
 from picker.core import filters
-from picker.core.values import EndpointState, Lora, RejectionCode, Role, Standing
-from tests.unit.core.builders import request, state
+from picker.core.scheduler import Scheduler
+from picker.core.values import EndpointState, Lora, Rejection, RejectionCode, Role, Standing
+from tests.unit.core.builders import request, snapshot, state
 
 
 def kept(name: str, states: list[EndpointState], params: dict[str, Any] | None = None, **fields: Any) -> list[str]:
@@ -53,6 +56,34 @@ def test_pinned() -> None:
     assert kept("pinned", states) == ["a", "b"]
     assert kept("pinned", states, pinned="b") == ["b"]
     assert kept("pinned", states, pinned="gone") == []
+
+
+def test_pool() -> None:
+    states = [
+        state("a", endpoint={"pool": "ns/a"}),
+        state("b", endpoint={"pool": "ns/b"}),
+        state("outside"),
+    ]
+    assert kept("pool", states) == ["a", "b", "outside"]
+    assert kept("pool", states, pool="ns/b") == ["b"]
+    assert kept("pool", states, pool="b") == []
+    assert kept("pool", states, pool="ns/gone") == []
+
+
+def test_a_pool_is_no_preference() -> None:
+    """Neither health nor models, nor what failed before, send a request to another pool."""
+    made = policies.build("balanced", policies.BUILTIN["balanced"])
+    assert [each.name for each in made.filters[:3]] == ["pinned", "pool", "subset"]
+    rows = snapshot(
+        state("a", endpoint={"pool": "ns/a"}, standing=Standing.OUT),
+        state("b", endpoint={"pool": "ns/b"}, models=frozenset({"m"})),
+    )
+    for pool, code in (("ns/a", RejectionCode.NO_READY_ENDPOINTS), ("ns/c", RejectionCode.POOL_NOT_FOUND)):
+        verdict = Scheduler(made).schedule(request(1, model="m", pool=pool), rows, 1.0, Random(1))
+        assert isinstance(verdict, Rejection)
+        assert verdict.code is code
+        assert "model `" not in verdict.message
+        assert [reason.partition(":")[0] for reason in verdict.table.reasons][1] == "pool"
 
 
 def test_role() -> None:
