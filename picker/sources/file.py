@@ -17,6 +17,7 @@ from watchfiles import awatch
 from picker.config import EndpointEntry, Problem, is_problems, load_endpoint_file
 from picker.core.updates import Replace, SourceUpdate
 from picker.sources.endpoints import endpoint_of
+from picker.sources.source import SourceStatus
 
 # Changes closer together than this are one change.
 DEBOUNCE_MS = 200
@@ -57,6 +58,10 @@ class FileSource:
 
     def __repr__(self) -> str:
         return f"<FileSource {self._path}>"
+
+    def status(self) -> SourceStatus:
+        """Nothing is behind it that could be away."""
+        return SourceStatus()
 
     async def updates(self) -> AsyncGenerator[SourceUpdate, None]:
         """A `Replace` for the file as it is (with no endpoints if it is bad), then one for every good new version."""

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import msgspec
 
-from picker.core.updates import Remove, Replace, SourceUpdate, Upsert
+from picker.core.updates import Remove, Replace, RulesChanged, SourceUpdate, Upsert
 from picker.core.values import Endpoint
 from picker.sources.endpoints import address_at, host_of
-from picker.sources.source import Source
+from picker.sources.source import Source, SourceStatus
 
 # Each holds a thread of the resolver; a fleet with a thousand names takes its turn.
 MAX_LOOKUPS = 16
@@ -105,6 +105,10 @@ class Resolving:
     def __repr__(self) -> str:
         return f"<Resolving {self._source!r} [{len(self._hosts)} names]>"
 
+    def status(self) -> SourceStatus:
+        """The inner source's."""
+        return self._source.status()
+
     async def updates(self) -> AsyncGenerator[SourceUpdate, None]:
         """What the inner source says, with addresses, and an `Upsert` for every address that changes later."""
         tasks = [asyncio.create_task(self._pump()), asyncio.create_task(self._tick())]
@@ -152,6 +156,8 @@ class Resolving:
                 self._known.pop(endpoint_id, None)
                 self._told.pop(endpoint_id, None)
                 self._forget_unused()
+                return [item]
+            case RulesChanged():
                 return [item]
             case None:
                 self._start_due()

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
+import msgspec
+
 from picker.core.updates import SourceUpdate
+
+
+class SourceStatus(msgspec.Struct, frozen=True):
+    """How a source is. `problem` says why it cannot offer anything, empty when it can; `heard_at` is when whatever is
+    behind it was last heard of, None where nothing is.
+    """
+
+    problem: str = ""
+    heard_at: float | None = None
 
 
 class Source(Protocol):
@@ -19,6 +30,9 @@ class Source(Protocol):
     @property
     def name(self) -> str:
         """Unique in the process; updates carry it as `source`."""
+
+    def status(self) -> SourceStatus:
+        """How it is right now."""
 
     def updates(self) -> AsyncGenerator[SourceUpdate, None]:
         """What exists, and then every change."""

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Iterable
 from picker.config import EndpointEntry
 from picker.core.updates import Replace, SourceUpdate
 from picker.sources.endpoints import endpoint_of
+from picker.sources.source import SourceStatus
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # A user or password is let through to the check that refuses it without repeating it.
@@ -38,6 +39,10 @@ class StaticSource:
 
     def __repr__(self) -> str:
         return f"<StaticSource [{len(self._endpoints)} endpoints]>"
+
+    def status(self) -> SourceStatus:
+        """Nothing is behind it that could be away."""
+        return SourceStatus()
 
     async def updates(self) -> AsyncGenerator[SourceUpdate, None]:
         """One `Replace`, then nothing more."""

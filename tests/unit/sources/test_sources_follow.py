@@ -8,17 +8,19 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from picker.core.updates import Replace, SourceUpdate, Upsert
+from picker.core.rules import Objective, Rewrite, Rulebook, Target
+from picker.core.updates import EndpointUpdate, Replace, RulesChanged, SourceUpdate, Upsert
 from picker.core.values import Endpoint
 from picker.sources.follow import follow
+from picker.sources.source import SourceStatus
 from tests.unit.sources.waiting import until
 
 
 class Store:
     def __init__(self) -> None:
-        self.updates: list[SourceUpdate] = []
+        self.updates: list[EndpointUpdate] = []
 
-    def apply(self, update: SourceUpdate) -> None:
+    def apply(self, update: EndpointUpdate) -> None:
         self.updates.append(update)
 
 
@@ -29,6 +31,9 @@ class Source:
         self._updates = updates
         self._error = error
         self.closed = False
+
+    def status(self) -> SourceStatus:
+        return SourceStatus()
 
     async def updates(self) -> AsyncGenerator[SourceUpdate, None]:
         try:
@@ -41,19 +46,17 @@ class Source:
             self.closed = True
 
 
-async def answer(host: str) -> tuple[str, ...]:
-    return ("10.0.0.1",)
-
-
-async def test_updates_arrive_with_addresses_and_cancelling_closes_the_source() -> None:
-    store = Store()
-    endpoint = Endpoint(id="a", url="http://engine:8000")
-    source = Source(Replace("s", ()), Upsert("s", endpoint))
-    task = asyncio.create_task(follow(source, store, lookup=answer))
-    await until(lambda: len(store.updates) == 2)
-    assert store.updates[0] == Replace("s", ())
-    assert isinstance(store.updates[1], Upsert)
-    assert store.updates[1].endpoint.address == "10.0.0.1:8000"
+async def test_updates_arrive_where_they_belong_and_cancelling_closes_the_source() -> None:
+    store, rules = Store(), Rulebook()
+    endpoint = Endpoint(id="a", url="http://10.0.0.1:8000", address="10.0.0.1:8000")
+    objective = Objective(pool="p", name="chat", priority=2)
+    rewrite = Rewrite(pool="p", name="r", models=frozenset({"m"}), targets=(Target("n"),))
+    source = Source(Replace("s", ()), Upsert("s", endpoint), RulesChanged("s", (objective,), (rewrite,)))
+    task = asyncio.create_task(follow(source, store, rules))
+    await until(lambda: bool(rules))
+    assert store.updates == [Replace("s", ()), Upsert("s", endpoint)]
+    assert rules.rewrites == (rewrite,)
+    assert rules.priority("chat", None, "p") == 2
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
@@ -64,6 +67,6 @@ async def test_a_bug_in_the_source_comes_out() -> None:
     source = Source(Replace("s", ()), error=KeyError("bug"))
     store = Store()
     with pytest.raises(KeyError):
-        await follow(source, store, lookup=answer)
+        await follow(source, store, Rulebook())
     assert len(store.updates) == 1
     assert source.closed

@@ -12,6 +12,7 @@ import pytest
 from picker.core.updates import Remove, Replace, SourceUpdate, Upsert
 from picker.core.values import Endpoint
 from picker.sources.resolve import ResolveSettings, Resolving, look_up
+from picker.sources.source import SourceStatus
 from tests.unit.signals.virtual_time import VirtualTime
 from tests.unit.sources.waiting import until
 
@@ -24,6 +25,9 @@ class Scripted:
     def __init__(self) -> None:
         self.queue: asyncio.Queue[SourceUpdate | Exception | None] = asyncio.Queue()
         self.closed = False
+
+    def status(self) -> SourceStatus:
+        return SourceStatus()
 
     async def updates(self) -> AsyncGenerator[SourceUpdate, None]:
         try:
