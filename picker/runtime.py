@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from picker import policies
 from picker.config import Config, ProfileEntry
@@ -23,14 +24,21 @@ from picker.director import Director
 from picker.policies import PluginSpec, PolicySpec
 from picker.signals.scrape import Scraper
 from picker.signals.settings import ScrapeHooks, ScrapeSettings
+from picker.sources.dns import DnsSource
 from picker.sources.file import FileSource
 from picker.sources.follow import follow
+from picker.sources.kubernetes.source import KubernetesSource
+from picker.sources.registered import RegisteredSource
+from picker.sources.resolve import Resolving, look_up
 from picker.sources.source import Source
 from picker.sources.static import StaticSource
 from picker.telemetry.logs import Log
 from picker.telemetry.metrics import Metrics
 from picker.upstream.client import Upstream
 from picker.upstream.credentials import Credentials
+
+if TYPE_CHECKING:
+    from picker.sources.kubernetes.api import ClusterApi
 
 # Hung engines and passed deadlines are found within this time.
 TICK_S = 0.1
@@ -39,10 +47,16 @@ MODELS_BELIEVED_INTERVALS = 4
 
 
 class Runtime:
-    """One brain and everything that feeds it. Build it anywhere, start it on the loop it will live on."""
+    """One brain and everything that feeds it. Build it anywhere, start it on the loop it will live on.
 
-    def __init__(self, config: Config, *, log: Log, version: str, clock: Callable[[], float] = time.monotonic) -> None:
+    `h2c` says whether the door can use pods that speak HTTP/2 without TLS.
+    """
+
+    def __init__(
+        self, config: Config, *, log: Log, version: str, h2c: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.config = config
+        self._h2c = h2c
         self.log = log
         self.version = version
         self.metrics = Metrics(version)
@@ -83,18 +97,36 @@ class Runtime:
             ),
             hooks=ScrapeHooks(on_scrape=self._on_scrape, on_engine=self._on_engine, on_trouble=self._on_trouble),
         )
-        self._sources = _sources(config, log)
+        self._sources = _sources(config, log, clock)
+        self.registered: RegisteredSource | None = None
+        if config.endpoints.registration.enabled:
+            self.registered = RegisteredSource(
+                config.endpoints.registration,
+                on_change=lambda name, what: log.info("registration", endpoint=name, what=what),
+                clock=clock,
+            )
+            self._sources.append(Resolving(self.registered))
+        self._cluster: ClusterApi | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.metrics.watch(self.director.snapshot)
+        self.metrics.watch_sources(self._source_ages_s)
+        if config.admin.reference_metrics:
+            self.metrics.show_reference(
+                self.director.snapshot, self.datastore.ledger.flights, lambda: self.director.pools
+            )
 
     def __repr__(self) -> str:
         return f"<Runtime {self.director!r} {self.datastore!r}>"
 
     async def start(self) -> None:
-        """Starts everything. Raises OSError or ssl.SSLError when a credential's files are unusable."""
+        """Starts everything. Raises OSError or ssl.SSLError when a credential's files are unusable, and RuntimeError
+        when there is no way to talk to the cluster.
+        """
         await self.upstream.start()
+        if self.config.kubernetes.pools:
+            self._sources.append(await self._kubernetes())
         for source in self._sources:
-            self._run(follow(source, self.datastore), name=f"source {source.name}")
+            self._run(follow(source, self.datastore, self.director.rules), name=f"source {source.name}")
         self._scraper.start()
         self._run(self._tick(), name="tick")
 
@@ -105,14 +137,19 @@ class Runtime:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._scraper.close()
         await self.upstream.close()
+        if self._cluster is not None:
+            await self._cluster.close()
 
     def checks(self) -> dict[str, str | None]:
         """The conditions of readiness: None where one holds, otherwise why it does not."""
-        waiting = [source.name for source in self._sources if not self.datastore.synced(source.name)]
+        waiting = [f"{source.name}: not synced yet" for source in self._sources if not self._has_synced(source)]
+        unusable = [f"{source.name}: {problem}" for source in self._sources if (problem := source.status().problem)]
+        # One source that offers something is enough to be of use.
+        nothing = unusable if len(unusable) == len(self._sources) else []
         dead = [task.get_name() for task in self._tasks if task.done()]
         return {
             "draining": "this process is stopping" if self.stopping else None,
-            "sources": f"not synced yet: {', '.join(waiting)}" if waiting else None,
+            "sources": "; ".join(nothing or waiting) or None,
             "tasks": f"ended: {', '.join(dead)}" if dead else None,
         }
 
@@ -129,6 +166,32 @@ class Runtime:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._synced.wait(), timeout_s)
 
+    async def _kubernetes(self) -> Source:
+        # Half a second of imports, for those who have a cluster.
+        from picker.sources.kubernetes.api import ClusterApi
+
+        section = self.config.kubernetes
+        self._cluster = ClusterApi(kubeconfig=section.kubeconfig, context=section.context)
+        await self._cluster.start()
+        source = KubernetesSource(
+            section,
+            self._cluster,
+            namespace=section.namespace or os.environ.get("NAMESPACE") or self._cluster.namespace or "default",
+            h2c=self._h2c,
+            clock=self.director.clock,
+            on_trouble=lambda what, text: self.log.warning("kubernetes", what=what, message=text),
+        )
+        self.director.pools = source.pool_ids
+        return source
+
+    def _has_synced(self, source: Source) -> bool:
+        return self.datastore.synced(source.name)
+
+    def _source_ages_s(self) -> dict[str, float]:
+        now = self.director.clock()
+        heard = ((source.name, source.status().heard_at) for source in self._sources)
+        return {name: max(0.0, now - at) for name, at in heard if at is not None}
+
     def _run(self, work: Coroutine[Any, Any, None], *, name: str) -> None:
         task = asyncio.create_task(work, name=name)
         task.add_done_callback(self._on_end)
@@ -144,7 +207,7 @@ class Runtime:
         while True:
             await asyncio.sleep(TICK_S)
             self.director.tick()
-            if self.checks()["sources"] is None:
+            if all(map(self._has_synced, self._sources)):
                 self._synced.set()
             if self.datastore.version != version:
                 version = self.datastore.version
@@ -206,16 +269,29 @@ def _credentials(config: Config) -> dict[str, Credentials]:
     }
 
 
-def _sources(config: Config, log: Log) -> list[Source]:
+def _sources(config: Config, log: Log, clock: Callable[[], float]) -> list[Source]:
     sources: list[Source] = []
-    if config.endpoints.static or config.endpoints.file is None:
-        sources.append(StaticSource(config.endpoints.static))
+    if config.endpoints.static:
+        sources.append(Resolving(StaticSource(config.endpoints.static)))
     if config.endpoints.file is not None:
         sources.append(
-            FileSource(
-                config.endpoints.file,
-                credentials=frozenset(config.credentials),
-                on_problems=lambda problems: log.error("endpoints_file", problems=[str(each) for each in problems]),
+            Resolving(
+                FileSource(
+                    config.endpoints.file,
+                    credentials=frozenset(config.credentials),
+                    on_problems=lambda problems: log.error("endpoints_file", problems=[str(each) for each in problems]),
+                )
             )
         )
+    sources += [
+        DnsSource(
+            entry,
+            lookup=look_up,
+            clock=clock,
+            sleep=asyncio.sleep,
+            rng=random.Random(),
+            on_trouble=lambda name, text: log.warning("dns", source=name, message=text),
+        )
+        for entry in config.endpoints.dns
+    ]
     return sources

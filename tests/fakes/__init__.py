@@ -1,0 +1,1 @@
+"""Stand-ins for programs that tests cannot have."""
