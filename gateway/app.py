@@ -16,6 +16,7 @@ from gateway.headers import by_name
 from gateway.intake import request_id
 from gateway.relay import Relay
 from picker.openai import errors
+from picker.openai.routes import target_path
 from picker.runtime import Runtime
 
 _OWN = frozenset(("/v1/models", "/health", "/version", "/openapi.json", "/docs"))
@@ -30,12 +31,12 @@ class GatewayApp(FastAPI):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Routes one connection event."""
         if scope["type"] == "http":
-            path = scope["path"]
+            path = target_path(scope["path"], "")
             own = path in _OWN or path.startswith("/v1/models/")
             if not own or scope["method"] not in ("GET", "HEAD"):
                 await self.relay(scope, receive, send)
                 return
-            scope = {**scope, "method": "GET"}
+            scope = {**scope, "method": "GET", "path": path}
             send = _identified(send, request_id(by_name(scope["headers"])))
         await super().__call__(scope, receive, send)
 
@@ -90,16 +91,20 @@ def build(runtime: Runtime, relay: Relay) -> GatewayApp:
 
 
 def served_models(runtime: Runtime) -> list[str]:
-    """All model names a client may ask for, sorted: what endpoints list, and aliases whose target is served or
-    unknown.
+    """All model names a client may ask for, sorted: what endpoints list, and aliases and rewritten names of which a
+    target is served or unknown.
     """
     names: set[str] = set()
     complete = True
     for _, models in runtime.datastore.models():
         complete = complete and models is not None
         names |= models or set()
-    names |= {alias for alias, target in runtime.director.aliases.items() if target in names or not complete}
-    return sorted(names)
+    director = runtime.director
+    renamed = {alias for alias, target in director.aliases.items() if target in names or not complete}
+    for rewrite in director.rules.rewrites:
+        if not complete or any(target.model in names for target in rewrite.targets):
+            renamed |= rewrite.models
+    return sorted(names | renamed)
 
 
 def _card(name: str, created: int) -> dict[str, Any]:

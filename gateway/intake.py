@@ -16,13 +16,14 @@ import msgspec
 
 from gateway.budget import BodyBudget
 from picker.core.values import InferenceRequest
+from picker.director import Director
 from picker.openai import errors
 from picker.openai.edit import EditError
 from picker.openai.errors import ApiError
-from picker.openai.fleet import safe_request_id
+from picker.openai.fleet import OBJECTIVE_HEADERS, POOL_HEADER, safe_request_id
 from picker.openai.parse import BadRequest, parse_body
 from picker.openai.rewrite import rewrite_model, strip_fleet_fields
-from picker.openai.routes import PASSTHROUGH_ROUTE, Dialect, Route, RouteKind, allowed
+from picker.openai.routes import PASSTHROUGH_ROUTE, Dialect, Route, RouteKind, allowed, target_path
 
 Scope = MutableMapping[str, Any]
 Headers = Mapping[bytes, bytes]
@@ -30,6 +31,10 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 # Session hints in headers, most specific first: the reference's session header, then what agents commonly send.
 _SESSION_HEADERS = (b"x-session-id", b"x-conversation-id")
+_POOL_HEADERS = (POOL_HEADER.encode(),)
+_OBJECTIVE_HEADERS = tuple(name.encode() for name in OBJECTIVE_HEADERS)
+# Clients choose these texts; real ones are short.
+_NAME_CHARS = 512
 _DIGITS = re.compile(rb"[0-9]{1,20}")
 
 
@@ -149,14 +154,16 @@ def request_id(headers: Headers) -> str:
 
 
 def find_route(method: str, raw_path: bytes, extra_paths: frozenset[str]) -> Route | ApiError:
-    """The route of a path the gateway relays: the known ones, and those the configuration allows."""
+    """The route of a path the gateway relays: the known ones, those the configuration allows, and their twins below
+    `/openai`.
+    """
     try:
         path = raw_path.decode("ascii")
     except UnicodeDecodeError:
         return errors.not_found("(not ASCII)")
     route = allowed(path)
     if route is None:
-        if path not in extra_paths:
+        if extra_paths.isdisjoint((path, target_path(path, ""))):
             return errors.not_found(path)
         route = PASSTHROUGH_ROUTE
     if method not in route.methods:
@@ -179,14 +186,20 @@ def understand(
     key: int,
     ident: str,
     now: float,
-    alias: Callable[[str | None], str | None],
+    director: Director,
 ) -> Intake | ApiError:
-    """Parses a body, takes out what clients must not set, and renames the model if the configuration says so."""
+    """Parses a body, takes out what clients must not set, and renames the model if the configuration or the cluster
+    says so. The director is only asked what names mean.
+    """
     content_type = headers.get(b"content-type")
     parsed = parse_body(route, body, content_type.decode("latin-1") if content_type is not None else None)
     if isinstance(parsed, BadRequest):
         return parsed.error()
-    target_model = alias(parsed.model)
+    pool = director.pool_named(_named(headers, _POOL_HEADERS))
+    objective = _named(headers, _OBJECTIVE_HEADERS)
+    target_model = director.target_model(parsed.model, pool) if parsed.model is not None else None
+    if target_model == parsed.model:
+        target_model = None
     rename = None
     try:
         if parsed.fleet_fields:
@@ -208,7 +221,10 @@ def understand(
         stream=parsed.stream,
         prompt_tokens=parsed.prompt_tokens_estimate,
         max_output_tokens=parsed.max_tokens if route.generates else 0,
-        session=_session(headers) or parsed.session_hint,
+        session=_named(headers, _SESSION_HEADERS) or parsed.session_hint,
+        pool=pool,
+        objective=objective,
+        priority=director.priority(objective, parsed.model, pool),
         strict_model=True,
     )
     return Intake(request, route, body, target, rename, route.resource_id or parsed.previous_response_id)
@@ -216,7 +232,7 @@ def understand(
 
 def dialect_of(raw_path: bytes) -> Dialect:
     """Whose error shape the client of a path expects, known before the route is."""
-    return Dialect.ANTHROPIC if raw_path.startswith(b"/v1/messages") else Dialect.OPENAI
+    return Dialect.ANTHROPIC if raw_path.startswith((b"/v1/messages", b"/openai/v1/messages")) else Dialect.OPENAI
 
 
 def is_stateful(kind: RouteKind) -> bool:
@@ -224,16 +240,17 @@ def is_stateful(kind: RouteKind) -> bool:
     return kind in (RouteKind.RESPONSES, RouteKind.RESPONSE_STATE)
 
 
-def _session(headers: Headers) -> str | None:
-    for name in _SESSION_HEADERS:
+def _named(headers: Headers, names: tuple[bytes, ...]) -> str | None:
+    """The first value there is, of bounded length."""
+    for name in names:
         value = headers.get(name)
-        if value is not None:
-            return value.decode("latin-1")[:512]
+        if value:
+            return value.decode("latin-1")[:_NAME_CHARS]
     return None
 
 
 def target_of(scope: Scope) -> str:
-    """Path and query as the engine gets them: as the client sent them."""
+    """Path and query as the client sent them; where an engine has that path is another matter (`target_path`)."""
     path: str = scope["raw_path"].decode("ascii")
     query: bytes = scope["query_string"]
     return f"{path}?{query.decode('latin-1')}" if query else path

@@ -42,7 +42,7 @@ from picker.core.values import Decision
 from picker.director import Answer, Director, Failure, Guard
 from picker.openai import errors
 from picker.openai.errors import ApiError
-from picker.openai.routes import RouteKind
+from picker.openai.routes import RouteKind, target_path
 from picker.telemetry.logs import Log
 from picker.telemetry.metrics import Metrics
 from picker.telemetry.requests import record_request
@@ -226,7 +226,7 @@ class Relay:
             key=exchange.key,
             ident=exchange.ident,
             now=exchange.received_at,
-            alias=self._director.target_model,
+            director=self._director,
         )
         if isinstance(intake, ApiError):
             return intake
@@ -255,7 +255,8 @@ class Relay:
             headers = to_engine(
                 scope["headers"], exchange.headers, exchange.ident.encode(), upstream.authorization(endpoint)
             )
-            opened = await upstream.open(endpoint, scope["method"], intake.target, headers, intake.body)
+            target = target_path(intake.target, endpoint.path_prefix)
+            opened = await upstream.open(endpoint, scope["method"], target, headers, intake.body)
             if isinstance(opened, FailureKind):
                 return Failure(opened)
             try:
@@ -403,6 +404,8 @@ class Relay:
             outcome=exchange.outcome.value,
             duration_s=now - exchange.received_at,
             model=exchange.model,
+            target_model=decision.request.target_model if decision is not None else None,
+            priority=decision.request.priority if decision is not None else 0,
             endpoint=decision.endpoint.id if decision is not None else None,
             stream=exchange.stream,
             attempts=exchange.attempts,

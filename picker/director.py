@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -30,6 +30,7 @@ from picker.core.events import (
 )
 from picker.core.ledger import Eviction
 from picker.core.plugins import Rng
+from picker.core.rules import Rulebook
 from picker.core.scheduler import Scheduler
 from picker.core.values import Decision, InferenceRequest, Rejection, RejectionCode, Snapshot
 from picker.telemetry.logs import Log
@@ -39,7 +40,7 @@ from picker.telemetry.metrics import Metrics
 DECISIONS_MAX = 1000
 # Clients choose these texts, and a thousand requests are remembered: a model's name may be as long as a body.
 REMEMBERED_CHARS = 512
-_TEXTS = ("id", "path", "model", "target_model", "session")
+_TEXTS = ("id", "path", "model", "target_model", "session", "pool", "objective")
 
 _OUTCOME_OF_EVICTION = {
     Eviction.HUNG: FailureKind.HUNG,
@@ -119,17 +120,20 @@ class Director:
         metrics: Metrics,
         log: Log,
         aliases: Mapping[str, str] | None = None,
+        pools: Sequence[str] = (),
         max_attempts: int = 3,
     ) -> None:
         self.datastore = datastore
         self.scheduler = scheduler
         self.clock = clock
         self.draining = False
+        self.rules = Rulebook()
         self.decisions: deque[Decision | Rejection] = deque(maxlen=DECISIONS_MAX)
         self._rng = rng
         self._metrics = metrics
         self._log = log
         self._aliases = dict(aliases or {})
+        self.pools: tuple[str, ...] = tuple(pools)
         self._max_attempts = max_attempts
         self._keys = itertools.count(1)
         self._watchers: dict[int, Callable[[Eviction], None]] = {}
@@ -141,9 +145,36 @@ class Director:
         """A request key no other request of this process has."""
         return next(self._keys)
 
-    def target_model(self, model: str | None) -> str | None:
-        """What the engines call a model the configuration renames; None when it keeps its name."""
-        return self._aliases.get(model) if model is not None else None
+    def pool_named(self, text: str | None) -> str | None:
+        """The pool a request asks for by `namespace/name`, or by a name only one pool has.
+
+        None where there is no choice to make. A name nobody has comes back as it is: nobody serves it then.
+        """
+        if not text or len(self.pools) < 2:
+            return None
+        if text in self.pools:
+            return text
+        same = [pool for pool in self.pools if pool.rpartition("/")[2] == text]
+        return same[0] if len(same) == 1 else text
+
+    def target_model(self, model: str | None, pool: str | None = None) -> str | None:
+        """What the engines call a model that the configuration, or else the cluster, renames; None when it keeps its
+        name. Rewrites of the cluster are drawn by weight, so ask once per request.
+        """
+        alias = self._aliases.get(model) if model is not None else None
+        if alias is not None:
+            return alias
+        # Without a pool, a rewrite for any model of one pool would rename what is meant for the others.
+        return self.rules.target(model, pool, self._rng, generic=pool is not None or len(self.pools) < 2)
+
+    @property
+    def renames(self) -> bool:
+        """Whether any model may have to be renamed."""
+        return bool(self._aliases or self.rules.rewrites)
+
+    def priority(self, objective: str | None, model: str | None, pool: str | None) -> int:
+        """The priority of a request by its objective or model; 0 is usual."""
+        return self.rules.priority(objective, model, pool)
 
     @property
     def aliases(self) -> Mapping[str, str]:

@@ -6,7 +6,6 @@ import msgspec
 
 from picker.core.events import Usage
 
-
 LEFT = "left"
 """The outcome of a request whose end the door did not wait for: its duration says nothing."""
 

@@ -17,7 +17,7 @@ from picker.core.events import (
     Served,
     Usage,
 )
-from picker.core.record import RequestRecord
+from picker.core.record import LEFT, RequestRecord
 from picker.core.values import Decision
 from picker.extproc.messages import Action, Observe, Report
 from picker.extproc.question import Head
@@ -41,6 +41,11 @@ class Booking:
 
     def __repr__(self) -> str:
         return f"<Booking {self.key} {'open' if self.open else 'closed'}>"
+
+    @property
+    def chosen(self) -> str:
+        """The address of the endpoint that was chosen, empty before."""
+        return self._decision.endpoint.address if self._decision is not None else ""
 
     def begin(self, head: Head) -> None:
         """The request's headers came: from now on its end will be reported."""
@@ -83,9 +88,9 @@ class Booking:
                 timeout = kind in (FailureKind.TIMEOUT, FailureKind.HUNG)
                 return self.report(Outcome.TIMEOUT if timeout else Outcome.FAILED, failed_with, at)
             case Left(_, at):
-                return self.report(Outcome.COMPLETED, status, at)
+                return self.report(LEFT, status, at)
 
-    def report(self, outcome: Outcome, status: int, now: float, *, usage: Usage | None = None) -> list[Action]:
+    def report(self, outcome: str, status: int, now: float, *, usage: Usage | None = None) -> list[Action]:
         """The line for the log and the metrics, if there was a request and it was not reported before."""
         head, self._head = self._head, None
         if head is None:
@@ -98,6 +103,8 @@ class Booking:
             outcome=outcome,
             duration_s=now - head.received_at,
             model=request.model if request is not None else None,
+            target_model=request.target_model if request is not None else None,
+            priority=request.priority if request is not None else 0,
             endpoint=self._decision.endpoint.id if self._decision is not None else None,
             stream=request is not None and request.stream,
             attempts=0 if self._decision is None else 1,

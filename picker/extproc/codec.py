@@ -81,19 +81,20 @@ def _context(message: pb.ProcessingRequest) -> Context:
     if not (has_config or has_metadata or message.observability_mode):
         return NO_CONTEXT
     subset: tuple[str, ...] | None = None
-    served: str | None = None
+    pool = served = None
     if has_metadata:
         namespaces = message.metadata_context.filter_metadata
         # Reading an absent key of a protobuf map adds it, so look first.
         if names.SUBSET_NAMESPACE in namespaces:
             subset = _subset(namespaces[names.SUBSET_NAMESPACE])
         if names.LB_NAMESPACE in namespaces:
-            served = _text(namespaces[names.LB_NAMESPACE], names.SERVED)
+            balancing = namespaces[names.LB_NAMESPACE]
+            pool, served = _text(balancing, names.POOL), _text(balancing, names.SERVED)
     modes = None
     if has_config:
         config = message.protocol_config
         modes = Modes(_mode(config.request_body_mode), _mode(config.response_body_mode))
-    return Context(modes=modes, observability=message.observability_mode, subset=subset, served=served)
+    return Context(modes=modes, observability=message.observability_mode, subset=subset, pool=pool, served=served)
 
 
 def _mode(number: int) -> BodyMode:

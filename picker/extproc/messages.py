@@ -45,12 +45,14 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     """What may ride on any message of the proxy.
 
     `modes` only on the first (None: not said). `subset` is None when the hint is absent and empty when it names
-    nobody. `served` is the endpoint that really served, on response headers.
+    nobody. `pool` is the pool whose route matched, as far as the proxy was told to say. `served` is the endpoint that
+    really served, on response headers.
     """
 
     modes: Modes | None = None
     observability: bool = False
     subset: tuple[str, ...] | None = None
+    pool: str | None = None
     served: str | None = None
 
 
@@ -149,8 +151,17 @@ SessionEvent = ProxyMessage | Decided | Deadline | Evicted | Overloaded | PeerGo
 # --- replies: what a Send action carries
 
 
+class Hidden(str):
+    """A header's value that never shows in a repr: a key."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'...'"
+
+
 class Mutation(msgspec.Struct, frozen=True, kw_only=True):
-    """Changes of the request headers. `destination` also goes into the dynamic metadata, where it must say the same
+    """Changes of the headers. `destination` also goes into the dynamic metadata, where it must say the same
     as the header.
     """
 

@@ -6,6 +6,7 @@ Pure. Refuses only what the contract wants refused; anything else is the engine'
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import msgspec
 
@@ -17,8 +18,23 @@ from picker.openai.parse import BYTES_PER_TOKEN, BadRequest, ParsedBody, parse_b
 from picker.openai.rewrite import rewrite_model
 from picker.openai.routes import Route, RouteKind, match_suffix
 
-TargetModel = Callable[[str | None], str | None]
-"""The configured target of a model name; None: no rewrite."""
+
+class Meanings(Protocol):
+    """What the names in requests stand for; the director knows."""
+
+    @property
+    def renames(self) -> bool:
+        """Whether any model may have to be renamed."""
+
+    def pool_named(self, text: str | None) -> str | None:
+        """The pool of that name; None where there is no choice to make."""
+
+    def target_model(self, model: str | None, pool: str | None) -> str | None:
+        """What the engines call a model, None when it keeps its name. May draw, so it is asked once per request."""
+
+    def priority(self, objective: str | None, model: str | None, pool: str | None) -> int:
+        """The priority of a request by its objective or model."""
+
 
 # Kinds whose APIs demand a model. Engines accept the others without one.
 _NEEDS_MODEL = frozenset(
@@ -71,8 +87,8 @@ def read_nothing(head: Head) -> Question:
     return Question(target_model=names.first_of(head.headers, names.MODEL_REWRITE))
 
 
-def read_body(head: Head, body: bytes, target_model: TargetModel) -> Question | BadRequest:
-    """Reads a whole body and puts the target model into it, in place."""
+def read_body(head: Head, body: bytes, meanings: Meanings, pool: str | None) -> Question | BadRequest:
+    """Reads a whole body and puts the target model into it, in place. A body that names no model has none renamed."""
     if head.encoded:
         return Question(body=body, body_bytes=len(body))
     wanted = names.first_of(head.headers, names.MODEL_REWRITE)
@@ -81,7 +97,7 @@ def read_body(head: Head, body: bytes, target_model: TargetModel) -> Question | 
     parsed = parse_body(head.route, body, kind, strict=False, require_model=require_model)
     if isinstance(parsed, BadRequest):
         return parsed
-    target = target_model(parsed.model) or wanted
+    target = (meanings.target_model(parsed.model, pool) if parsed.model is not None else None) or wanted
     question = Question(model=parsed.model, parsed=parsed, body=body, body_bytes=len(body))
     if target is None or target == parsed.model or not (parsed.is_json or parsed.model_spans):
         return question
@@ -100,10 +116,18 @@ def read_part(head: Head, body: bytes) -> Question:
 
 
 def inference_request(
-    head: Head, question: Question, *, key: int, subset: tuple[str, ...] | None, sees_body: bool
+    head: Head,
+    question: Question,
+    meanings: Meanings,
+    *,
+    key: int,
+    subset: tuple[str, ...] | None,
+    pool: str | None,
+    sees_body: bool,
 ) -> InferenceRequest:
     """The question in the scheduler's terms."""
     parsed = question.parsed
+    objective = names.first_of(head.headers, names.OBJECTIVE)
     decodes = head.route.generates or head.route.kind is RouteKind.PASSTHROUGH
     limit = parsed.max_tokens if parsed is not None else None
     return InferenceRequest(
@@ -120,5 +144,8 @@ def inference_request(
         max_output_tokens=limit if decodes else 0,
         session=names.first_of(head.headers, names.SESSION) or (parsed.session_hint if parsed is not None else None),
         subset=None if subset is None else frozenset(subset),
+        pool=pool,
+        objective=objective,
+        priority=meanings.priority(objective, question.model, pool),
         sees_body=sees_body,
     )

@@ -7,7 +7,6 @@ business.
 from __future__ import annotations
 
 import enum
-import math
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +26,6 @@ from picker.extproc.messages import (
     Direction,
     HeadersReply,
     Modes,
-    Mutation,
     Reply,
     RequestBody,
     RequestHeaders,
@@ -37,10 +35,11 @@ from picker.extproc.messages import (
     TrailersReply,
     chunks,
 )
+from picker.extproc.mutation import Authorization, request_mutation, with_length, without_length
 from picker.extproc.question import (
     Head,
+    Meanings,
     Question,
-    TargetModel,
     inference_request,
     read_body,
     read_head,
@@ -78,36 +77,45 @@ class RequestHalf:
     """One request."""
 
     __slots__ = (
+        "_authorization",
         "_body_bytes",
         "_body_parts",
         "_booking",
         "_head",
         "_last",
+        "_meanings",
         "_mode",
         "_new_id",
+        "_pool",
         "_question",
         "_rewrites_stream",
         "_settings",
         "_subset",
-        "_target_model",
         "_waiting",
         "sees_response_body",
         "state",
     )
 
     def __init__(
-        self, booking: Booking, settings: SessionSettings, target_model: TargetModel, new_id: Callable[[], str]
+        self,
+        booking: Booking,
+        settings: SessionSettings,
+        meanings: Meanings,
+        authorization: Authorization,
+        new_id: Callable[[], str],
     ) -> None:
         self.state = RequestState.IDLE
         self.sees_response_body = True
         self._booking = booking
         self._settings = settings
-        self._target_model = target_model
+        self._meanings = meanings
+        self._authorization = authorization
         self._new_id = new_id
         self._mode = BodyMode.FULL_DUPLEX_STREAMED
         self._head: Head | None = None
         self._question = Question()
         self._subset: tuple[str, ...] | None = None
+        self._pool: str | None = None
         self._body_parts: list[bytes] = []
         self._body_bytes = 0
         self._last: RequestMessage | None = None
@@ -157,7 +165,11 @@ class RequestHalf:
         return None if step is None else step(self, event, now)
 
     def _note(self, context: Context) -> None:
-        """The last subset that names somebody counts; one that names nobody only if there is no other."""
+        """The last pool counts, and the last subset that names somebody; one that names nobody only if there is no
+        other.
+        """
+        if context.pool and self.state in (RequestState.IDLE, RequestState.RECEIVING):
+            self._pool = context.pool
         if self._settings.use_subset and context.subset is not None and (context.subset or self._subset is None):
             self._subset = context.subset
 
@@ -186,7 +198,7 @@ class RequestHalf:
         if event.end_of_stream or self._mode in (BodyMode.NONE, BodyMode.STREAMED):
             named = names.first_of(event.headers, names.MODEL_REWRITE) is not None
             streamed = self._mode is BodyMode.STREAMED and not event.end_of_stream
-            self._rewrites_stream = streamed and (named or self._settings.rewrites)
+            self._rewrites_stream = streamed and (named or self._meanings.renames)
             return self._ask(event, read_nothing(self._head), now)
         self.state = RequestState.RECEIVING
         deadline: list[Action] = [SetDeadline(now + self._settings.receive_timeout_s)]
@@ -212,7 +224,7 @@ class RequestHalf:
         self._body_parts = []
         if cut_off:
             return self._ask(event, read_part(self._head, body), now)
-        question = read_body(self._head, body, self._target_model)
+        question = read_body(self._head, body, self._meanings, self._wanted_pool())
         if isinstance(question, BadRequest):
             return refusals.bad_request(question)
         return self._ask(event, question, now)
@@ -222,22 +234,33 @@ class RequestHalf:
         self.state = RequestState.DECIDING
         self._last = event
         self._question = question
+        subset = self._subset
+        if self._settings.conformance:
+            subset = names.in_both(subset, names.selection(self._head.headers))
         request = inference_request(
-            self._head, question, key=self._booking.key, subset=self._subset, sees_body=self.sees_response_body
+            self._head,
+            question,
+            self._meanings,
+            key=self._booking.key,
+            subset=subset,
+            pool=self._wanted_pool(),
+            sees_body=self.sees_response_body,
         )
         return [SetDeadline(now + self._settings.exchange_timeout_s), Decide(request)]
+
+    def _wanted_pool(self) -> str | None:
+        """The pool the proxy's route says, otherwise the client."""
+        assert self._head is not None
+        return self._meanings.pool_named(self._pool or self._head.headers.get(names.POOL))
 
     # --- the decision and after
 
     def decided(self, decision: Decision) -> list[Action]:
         """Answers with the decision the message that was waiting for it. Only in state DECIDING."""
         assert self._head is not None
-        addresses = [
-            decision.endpoint.address,
-            *(other.address for other in decision.alternates[: self._settings.fallbacks]),
-        ]
-        scores = ranked_scores(decision) if self._settings.emit_scores else ()
-        mutation = self._mutation(",".join(address for address in addresses if address), scores)
+        mutation = request_mutation(self._head, decision, self._settings, self._authorization)
+        if self._rewrites_stream and "content-length" in self._head.headers:
+            mutation = without_length(mutation)
         done: list[Action] = [SetDeadline(None)]
         last, self._last = self._last, None
         streamed = self._mode is BodyMode.STREAMED and isinstance(last, RequestHeaders) and not last.end_of_stream
@@ -251,7 +274,7 @@ class RequestHalf:
         if self._full_duplex:
             ends = isinstance(last, RequestBody)
             if ends and body:
-                mutation = _with_length(mutation, body)
+                mutation = with_length(mutation, body)
             replies: list[Reply] = [HeadersReply(_DIRECTION, mutation), *chunks(_DIRECTION, body, ends)]
             trailers = [] if ends else [Send(TrailersReply(_DIRECTION))]
             return [*(Send(reply) for reply in replies), *trailers, *done]
@@ -259,18 +282,7 @@ class RequestHalf:
             return [Send(TrailersReply(_DIRECTION, mutation.destination)), *done]
         if self._question.target_model is None:
             return [Send(BodyReply(_DIRECTION, mutation=mutation)), *done]
-        return [Send(BodyReply(_DIRECTION, body, _with_length(mutation, body))), *done]
-
-    def _mutation(self, destination: str, scores: tuple[tuple[str, float], ...]) -> Mutation:
-        assert self._head is not None
-        headers = self._head.headers
-        added = [(names.DESTINATION, destination)]
-        if headers.get(names.REQUEST_ID) != self._head.id:
-            added.append((names.REQUEST_ID, self._head.id))
-        removed = names.to_remove(headers)
-        if self._rewrites_stream and "content-length" in headers:
-            removed = (*removed, "content-length")
-        return Mutation(set_headers=tuple(added), remove_headers=removed, destination=destination, scores=scores)
+        return [Send(BodyReply(_DIRECTION, body, with_length(mutation, body))), *done]
 
     def _pass_chunk(self, event: RequestBody, now: float) -> Step:
         """STREAMED, after the decision: each chunk wants its answer; a new body goes out with the last."""
@@ -287,7 +299,7 @@ class RequestHalf:
             return [Send(BodyReply(_DIRECTION, b""))]
         body = b"".join(self._body_parts)
         self._body_parts, self._body_bytes = [], 0
-        question = read_body(self._head, body, self._target_model)
+        question = read_body(self._head, body, self._meanings, self._wanted_pool())
         if isinstance(question, BadRequest):
             return refusals.bad_request(question)
         self._question = msgspec.structs.replace(question, body=None)
@@ -324,19 +336,6 @@ class RequestHalf:
     @property
     def _full_duplex(self) -> bool:
         return self._mode is BodyMode.FULL_DUPLEX_STREAMED
-
-
-def ranked_scores(decision: Decision) -> tuple[tuple[str, float], ...]:
-    """Address and total score of the endpoints a decision ranked, as far as they have both."""
-    address_of = {endpoint.id: endpoint.address for endpoint in (decision.endpoint, *decision.alternates)}
-    table = decision.table
-    scored = ((address_of.get(name), total) for name, total in zip(table.endpoints, table.totals, strict=False))
-    return tuple((address, total) for address, total in scored if address and not math.isnan(total))
-
-
-def _with_length(mutation: Mutation, body: bytes) -> Mutation:
-    length = ("content-length", str(len(body)))
-    return msgspec.structs.replace(mutation, set_headers=(*mutation.set_headers, length))
 
 
 _TRANSITIONS: dict[tuple[RequestState, type], Callable[[RequestHalf, Any, float], Step]] = {

@@ -1,7 +1,7 @@
 """The response half of an exchange: answers what the proxy shows of the response and notes how it ends.
 
 Works without a request half (a proxy may skip it). In full duplex it gives every byte back. The only change it ever
-makes is the model name: a client that asked for an alias reads the alias.
+makes is the model name: a client that asked for an alias reads the alias. For conformance tests it says who served.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from picker.core.events import AttemptFailed, FailureKind, Finished, Left, Outcome, Usage
+from picker.extproc import headers as names
 from picker.extproc.booking import Booking, End
 from picker.extproc.messages import (
     Action,
@@ -142,7 +143,7 @@ class ResponseHalf:
         self._headers_at = now
         self._has_length = "content-length" in event.headers
         self._read_kind(event.headers.get("content-type", ""))
-        actions: list[Action] = [_UNCHANGED]
+        actions: list[Action] = [self._tell_who_served(event) if self._settings.conformance else _UNCHANGED]
         if event.context.served:
             actions += self._booking.served(event.context.served, now)
         blamed = blame(event.status, event.headers)
@@ -151,6 +152,12 @@ class ResponseHalf:
         if event.end_of_stream:
             return actions + self._end(now)
         return actions if self.sees_body else actions + self._booking.bytes_seen(now, refused=event.status >= 400)
+
+    def _tell_who_served(self, event: ResponseHeaders) -> Send:
+        served = event.context.served or self._booking.chosen
+        if not served:
+            return _UNCHANGED
+        return Send(HeadersReply(_DIRECTION, Mutation(set_headers=((names.SERVED_ECHO, served),))))
 
     def _read_kind(self, kind: str) -> None:
         """Event streams pass by; a plain JSON answer is joined, to be read (and in full duplex passed on) as a

@@ -10,6 +10,7 @@ import grpc
 
 import protos
 from picker.extproc.health import HealthService
+from picker.extproc.mutation import Authorization
 from picker.extproc.settings import ExtProcSettings, ResponsePath
 from picker.extproc.stream import Books, DirectorLike, OnReport, Stream
 from picker.extproc.tls import server_credentials
@@ -26,8 +27,9 @@ Process = Callable[[object, grpc.aio.ServicerContext], Awaitable[object]]
 class ExtProcServer:
     """Serves Envoy's external processing API on one port and health on another.
 
-    Belongs to the event loop it is started on. `port` and `health_port` are known after `start`. `on_report` gets the
-    record of every request that ended; it must not raise.
+    Belongs to the event loop it is started on. `port` and `health_port` are known after `start`. `authorization` says
+    what an endpoint wants as such; without it, what clients send. `on_report` gets the record of every request that
+    ended; it must not raise.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class ExtProcServer:
         *,
         clock: Callable[[], float],
         ready: Callable[[], bool],
+        authorization: Authorization = lambda _: None,
         on_report: OnReport | None = None,
     ) -> None:
         self.port = 0
@@ -45,6 +48,7 @@ class ExtProcServer:
         self._settings = settings
         self._clock = clock
         self._ready = ready
+        self._authorization = authorization
         self._on_report = on_report
         self._books = Books(max_streams=settings.max_streams, max_held_bytes=settings.max_held_bytes)
         self._servers: list[grpc.aio.Server] = []
@@ -121,6 +125,7 @@ class ExtProcServer:
         stream = Stream(
             context,
             director=self._director,
+            authorization=self._authorization,
             settings=self._settings.session,
             clock=self._clock,
             books=self._books,

@@ -81,7 +81,8 @@ from picker.extproc.messages import (
     SessionEvent,
     SetDeadline,
 )
-from picker.extproc.question import TargetModel
+from picker.extproc.mutation import Authorization
+from picker.extproc.question import Meanings
 from picker.extproc.refusals import Refusal
 from picker.extproc.request import RequestHalf, RequestMessage, RequestState
 from picker.extproc.response import ResponseHalf, ResponseMessage, ResponseState
@@ -89,8 +90,8 @@ from picker.extproc.settings import ResponsePath, SessionSettings
 
 
 class Session:
-    """One ext-proc stream. `key` names the request in the books; `new_id` makes an `x-request-id` where there is
-    none.
+    """One ext-proc stream. `key` names the request in the books; `meanings` says what the names in it stand for,
+    `authorization` what endpoints want as such; `new_id` makes an `x-request-id` where there is none.
     """
 
     __slots__ = (
@@ -106,12 +107,18 @@ class Session:
     )
 
     def __init__(
-        self, *, key: int, settings: SessionSettings, target_model: TargetModel, new_id: Callable[[], str]
+        self,
+        *,
+        key: int,
+        settings: SessionSettings,
+        meanings: Meanings,
+        authorization: Authorization,
+        new_id: Callable[[], str],
     ) -> None:
         self.closed = False
         self._settings = settings
         self._booking = Booking(key)
-        self._request = RequestHalf(self._booking, settings, target_model, new_id)
+        self._request = RequestHalf(self._booking, settings, meanings, authorization, new_id)
         self._response = ResponseHalf(self._booking, settings)
         self._opened = False
         self._observing = False

@@ -19,16 +19,16 @@ class SessionSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     `fallbacks` is how many alternates follow the choice in the destination header; 0 because an ORIGINAL_DST cluster
     understands one address only. `hold_response_bytes` bounds how much of a plain JSON response is joined before it is
-    passed on. `rewrites` says that model names are rewritten by configuration: a STREAMED body is then held back,
-    because its name is only known at the end. `emit_scores` puts the scores of the ranked endpoints into the
-    metadata. `receive_timeout_s` is for the client to send its body, `exchange_timeout_s` for us to decide.
+    passed on. `emit_scores` puts the scores of the ranked endpoints into the metadata. `conformance` lets a client
+    choose endpoints and shows who served, as conformance tests of gateways want it. `receive_timeout_s` is for the
+    client to send its body, `exchange_timeout_s` for us to decide.
     """
 
     response_path: ResponsePath = ResponsePath.OBSERVE
     fallbacks: int = 0
     use_subset: bool = True
-    rewrites: bool = False
     emit_scores: bool = False
+    conformance: bool = False
     max_body_bytes: int = 32 * 1024 * 1024
     hold_response_bytes: int = 1024 * 1024
     receive_timeout_s: float = 60.0

@@ -38,6 +38,8 @@ from picker.extproc.messages import (
     SessionEvent,
     SetDeadline,
 )
+from picker.extproc.mutation import Authorization
+from picker.extproc.question import Meanings
 from picker.extproc.session import Session
 from picker.extproc.settings import SessionSettings
 from protos import ext_proc_pb2 as pb
@@ -46,7 +48,7 @@ OnReport = Callable[[RequestRecord], None]
 """Called once for every request that ended, for the log and the metrics."""
 
 
-class DirectorLike(Protocol):
+class DirectorLike(Meanings, Protocol):
     """What the door needs of the brain."""
 
     def new_key(self) -> int:
@@ -63,9 +65,6 @@ class DirectorLike(Protocol):
 
     def unwatch(self, key: int) -> None:
         """Ends a watch."""
-
-    def target_model(self, model: str | None) -> str | None:
-        """The configured target of a model name."""
 
 
 class Rpc(Protocol):
@@ -142,6 +141,7 @@ class Stream:
         rpc: Rpc,
         *,
         director: DirectorLike,
+        authorization: Authorization,
         settings: SessionSettings,
         clock: Callable[[], float],
         books: Books,
@@ -157,7 +157,11 @@ class Stream:
         self._books = books
         self._key = director.new_key()
         self._session = Session(
-            key=self._key, settings=settings, target_model=director.target_model, new_id=new_request_id
+            key=self._key,
+            settings=settings,
+            meanings=director,
+            authorization=authorization,
+            new_id=new_request_id,
         )
         self._out: deque[bytes] = deque()
         self._held_bytes = 0

@@ -1,4 +1,5 @@
-"""Names in requests that address hosts, ranks or memory of the fleet, which clients must not set.
+"""Names in requests that address hosts, ranks or memory of the fleet, which clients must not set, and those that steer
+the choice: engines get neither.
 
 Only names: stripping is in `rewrite`, detection in `parse`. Sources: the sidecar protocol of llm-d, the request
 schemas of vLLM, SGLang and TensorRT-LLM, and Dynamo's `nvext` extension with its header overrides.
@@ -39,8 +40,14 @@ NVEXT_FIELDS: tuple[str, ...] = (
 # vLLM merges these into the engine's extra arguments, next to the transfer parameters it sets itself.
 EXTRA_ARGS_FIELDS: tuple[str, ...] = ("kv_transfer_params", "ec_transfer_params")
 
+POOL_HEADER = "x-waypost-pool"
+OBJECTIVE_HEADERS: tuple[str, ...] = ("x-llm-d-inference-objective", "x-gateway-inference-objective")
+"""The current name first; it wins over the older one."""
+
 FLEET_HEADERS: frozenset[str] = frozenset(
     (
+        POOL_HEADER,
+        *OBJECTIVE_HEADERS,
         # llm-d sidecar and engines
         "x-prefiller-host-port",
         "x-encoder-hosts-ports",

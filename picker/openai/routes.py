@@ -1,7 +1,8 @@
 """Which paths are inference calls, and of which kind.
 
 Two readings of one table: the gateway's allow-list (`allowed`, exact paths) and the picker's suffix match
-(`match_suffix`, which never refuses). It must not parse bodies or know about endpoints.
+(`match_suffix`, which never refuses); and where an engine has the path (`target_path`). It must not parse bodies or
+know about endpoints.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import msgspec
 
 _MAX_PATH_CHARS = 2_048
 _MAX_SUFFIX_SEGMENTS = 3
+_API = "/v1/"
+# KServe's runtimes serve the API below this, and their clients ask for it there.
+_TWIN_PREFIX = "/openai"
 
 
 class Dialect(StrEnum):
@@ -136,7 +140,9 @@ def allowed(path: str) -> Route | None:
 
     `path` must be the path as it will be sent upstream, still percent-encoded and without the query string, so that
     an encoded slash or `..` cannot name another route on the engine. Check the method against `Route.methods`.
+    `/openai/v1/...` is the same as `/v1/...`.
     """
+    path = target_path(path, "")
     route = ALLOWED.get(path)
     if route is not None:
         return route
@@ -145,6 +151,19 @@ def allowed(path: str) -> Route | None:
     if path.startswith("/v1/models/") and _MODEL_ID.match(path, 11) and ".." not in path:
         return msgspec.structs.replace(_MODEL_ROUTE, resource_id=path[11:])
     return None
+
+
+def target_path(path: str, prefix: str) -> str:
+    """Where an engine that serves its API below `prefix` has `path` (with or without a query string).
+
+    `/v1/...` goes below the prefix; `/openai/v1/...`, and what is below the prefix already, count as `/v1/...`. Other
+    paths are no part of that API and stay. `prefix` is empty, or begins with a slash and does not end with one.
+    """
+    if prefix and path.startswith(prefix + _API):
+        return path
+    if path.startswith(_TWIN_PREFIX + _API):
+        path = path[len(_TWIN_PREFIX) :]
+    return prefix + path if prefix and path.startswith(_API) else path
 
 
 def match_suffix(path: str) -> Route:

@@ -94,7 +94,9 @@ class Scraper:
     def _reconcile(self, endpoints: tuple[Endpoint, ...]) -> None:
         wanted = {endpoint.id: endpoint for endpoint in endpoints}
         for name, (watch, _) in list(self._watches.items()):
-            if name not in wanted or _another_process(watch.endpoint, wanted[name]):
+            now = wanted.get(name)
+            # Most are the very same object as last time; fields are compared only where they are not.
+            if now is None or (now is not watch.endpoint and _another_process(watch.endpoint, now)):
                 self._end(name)
         new = [endpoint for endpoint in endpoints if endpoint.id not in self._watches]
         # A few start at once; many are spread out, and their intervals keep them apart from then on.
@@ -117,5 +119,5 @@ def _another_process(before: Endpoint, after: Endpoint) -> bool:
     """Whether what was learnt about `before` may not hold for `after`. Labels, role and models may change on a
     running engine.
     """
-    parts = ("url", "address", "engine", "metrics_url", "credentials")
+    parts = ("url", "address", "instance", "engine", "metrics_url", "credentials")
     return any(getattr(before, part) != getattr(after, part) for part in parts)

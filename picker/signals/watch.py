@@ -16,6 +16,7 @@ from typing import Protocol
 
 from picker.core.updates import Alive, ModelsListed, ProbeFailure, Scraped, ScrapeFailed, SignalUpdate
 from picker.core.values import Endpoint, Signals
+from picker.openai.routes import target_path
 from picker.signals.detect import LIVENESS_PATHS, Detected, detect
 from picker.signals.engine import NO_METRICS, read
 from picker.signals.engines import BUILTIN, identify
@@ -171,7 +172,7 @@ class Watch:
     async def _see_life(self) -> None:
         paths = (self._liveness_path,) if self._liveness_path else LIVENESS_PATHS
         for path in paths:
-            answer, sent_at = await self._timed(self.endpoint.url + path)
+            answer, sent_at = await self._timed(self.endpoint.url + target_path(path, self.endpoint.path_prefix))
             if isinstance(answer, ProbeFailure):
                 self._failed(answer, sent_at)
                 return
@@ -193,7 +194,7 @@ class Watch:
             sent_at = self.around.clock()
             answer = await self.around.getter.get(
                 self.endpoint,
-                self.endpoint.url + "/v1/models",
+                self.endpoint.url + target_path("/v1/models", self.endpoint.path_prefix),
                 timeout_s=settings.models_timeout_s,
                 limit_bytes=settings.models_bytes,
             )

@@ -51,9 +51,10 @@ class Upstream:
         return f"<Upstream [{len(self._pools)} origins | {sum(len(pool) for pool, _ in self._pools.values())} idle]>"
 
     async def start(self) -> None:
-        """Builds the TLS contexts. Raises OSError or ssl.SSLError when a credential's files are unusable."""
+        """Reads the files of the credentials. Raises OSError or ssl.SSLError when one is unusable."""
         for name, credentials in self._credentials.items():
-            self._contexts[name] = tls_context(credentials)
+            if credentials.has_files:
+                self._context(name)
 
     async def close(self) -> None:
         """Closes all idle connections; those in use close with their exchange."""
@@ -118,10 +119,19 @@ class Upstream:
                 parts.hostname or "",
                 parts.port or (443 if secure else 80),
                 self.outbox,
-                context=self._contexts[credentials] if secure else None,
+                context=self._context(credentials) if secure else None,
                 server_name=self._credentials[credentials].server_name,
             )
             found = self._pools[origin, credentials] = (pool, parts.netloc.encode("ascii"))
+        return found
+
+    def _context(self, name: str) -> ssl.SSLContext:
+        """The TLS context of a set of credentials, made once. Without files of its own that reads the system's
+        authorities, which takes tens of milliseconds, so it waits until an endpoint has https.
+        """
+        found = self._contexts.get(name)
+        if found is None:
+            found = self._contexts[name] = tls_context(self._credentials[name])
         return found
 
     def _drop_idle_pools(self) -> None:

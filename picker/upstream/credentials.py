@@ -24,6 +24,11 @@ class Credentials:
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
             raise ValueError("an API key must be one line of printable ASCII characters")
 
+    @property
+    def has_files(self) -> bool:
+        """Whether a TLS context of these reads files that were configured."""
+        return self.ca is not None or self.client_cert is not None
+
 
 def tls_context(credentials: Credentials) -> ssl.SSLContext:
     """A client context for these credentials. Raises OSError or ssl.SSLError when a file is missing or no

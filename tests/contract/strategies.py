@@ -40,6 +40,7 @@ def _state(name: str) -> st.SearchStrategy[EndpointState]:
         url=st.just("http://10.0.0.1:8000"),
         address=st.sampled_from(["", "10.0.0.1:8000", "10.0.0.2:8000", "[fd00::1]:8000"]),
         role=st.sampled_from(list(Role)),
+        pool=NAMES,
         labels=st.dictionaries(NAMES, NAMES, max_size=2),
     )
     fields: dict[str, st.SearchStrategy[Any]] = {
@@ -71,6 +72,9 @@ def requests() -> st.SearchStrategy[InferenceRequest]:
         max_output_tokens=st.none() | st.integers(-(10**30), 10**30),
         session=st.none() | NAMES,
         subset=st.none() | SETS,
+        pool=st.none() | NAMES,
+        objective=st.none() | NAMES,
+        priority=st.integers(-(2**31), 2**31),
         pinned=st.none() | NAMES,
         tried=SETS,
         strict_model=st.booleans(),

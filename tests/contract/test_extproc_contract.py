@@ -1,10 +1,10 @@
 """The Endpoint Picker contract as a suite: the cases of the reference's own tables, by endpoint, status and order.
 
 Not taken over: echoed headers, the debug header on responses, and error texts. A pool without pods answers 503 as the
-protocol says, where the reference says 500. Left to later work: case A14 and the names of A1 to A13 in metrics (they
-need the InferenceObjective and InferenceModelRewrite resources), A6 (an EndpointPickerConfig with another parser;
-without one, a path nobody claims is passed through), gRPC model servers (B), mid-flight eviction by flow control and
-the termination causes (D), and the datastore of pods (F).
+protocol says, where the reference says 500. Case A14 and priorities are in `test_extproc_resources`. Left to later
+work: the names of A1 to A13 in metrics, A6 (an EndpointPickerConfig with another parser; without one, a path nobody
+claims is passed through), gRPC model servers (B), mid-flight eviction by flow control and the termination causes (D),
+and the datastore of pods (F).
 """
 
 from __future__ import annotations

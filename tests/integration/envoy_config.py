@@ -20,6 +20,8 @@ ClusterKind = Literal["original_dst", "override_host"]
 DESTINATION = "x-gateway-destination-endpoint"
 SUBSET_NAMESPACE = "envoy.lb.subset_hint"
 SUBSET_KEY = "x-gateway-destination-endpoint-subset"
+LB_NAMESPACE = "envoy.lb"
+POOL_KEY = "x-waypost-pool"
 FULL_DUPLEX = "FULL_DUPLEX_STREAMED"
 
 PICKER_CLUSTER = "picker"
@@ -49,12 +51,13 @@ class Retries:
 class EnvoyListener:
     """One listener and the route behind it.
 
-    `endpoints` are `host:port`, only for `override_host`; the fallback there is round robin over them. `ext_proc=False`
-    makes a plain proxy: over `original_dst` the client then sets the destination header itself. `fail_open` uses a
-    picker cluster with gRPC health checks and no panic routing, and `failure_mode_allow`; together with
-    `override_host` it serves without a picker. `subset` is what a gateway would put into the subset hint: a comma
-    string or a list. `message_timeout_s` means nothing in full duplex. `response_trailers` SEND keeps the picker's
-    stream open to the end of a response whose body it does not see.
+    `endpoints` are `host:port`, only for `override_host`; the fallback there is round robin over them.
+    `ext_proc=False` makes a plain proxy: over `original_dst` the client then sets the destination header itself.
+    `fail_open` uses a picker cluster with gRPC health checks and no panic routing, and `failure_mode_allow`;
+    together with `override_host` it serves without a picker. `subset` is what a gateway would put into the subset
+    hint: a comma string or a list; `pool` what its route would say about the pool. `message_timeout_s` means
+    nothing in full duplex. `response_trailers` SEND keeps the picker's stream open to the end of a response whose
+    body it does not see.
     """
 
     name: str
@@ -67,6 +70,7 @@ class EnvoyListener:
     endpoints: tuple[str, ...] = ()
     fail_open: bool = False
     subset: str | tuple[str, ...] | None = None
+    pool: str | None = None
     message_timeout_s: float = 10.0
     retries: Retries | None = None
     allow_mode_override: bool = False
@@ -152,11 +156,15 @@ def _route(spec: EnvoyListener) -> Config:
 
 def _filters(spec: EnvoyListener) -> list[Config]:
     filters: list[Config] = []
+    hints: list[Config] = []
     if spec.subset is not None:
         value = spec.subset if isinstance(spec.subset, str) else list(spec.subset)
-        hint = {"metadata_namespace": SUBSET_NAMESPACE, "value": {SUBSET_KEY: value}, "allow_overwrite": True}
-        config = {"metadata": [hint]}
-        filters.append(_typed("envoy.filters.http.set_metadata", "filters.http.set_metadata.v3.Config", config))
+        hints.append({"metadata_namespace": SUBSET_NAMESPACE, "value": {SUBSET_KEY: value}, "allow_overwrite": True})
+    if spec.pool is not None:
+        hints.append({"metadata_namespace": LB_NAMESPACE, "value": {POOL_KEY: spec.pool}, "allow_overwrite": True})
+    if hints:
+        path = "filters.http.set_metadata.v3.Config"
+        filters.append(_typed("envoy.filters.http.set_metadata", path, {"metadata": hints}))
     if spec.ext_proc:
         path = "filters.http.ext_proc.v3.ExternalProcessor"
         filters.append(_typed("envoy.filters.http.ext_proc", path, _ext_proc(spec)))
@@ -185,8 +193,8 @@ def _ext_proc(spec: EnvoyListener) -> Config:
             "response_trailer_mode": _send(spec.response_trailers or full_duplex_response),
         },
         "metadata_options": {
-            "forwarding_namespaces": {"untyped": [SUBSET_NAMESPACE, "envoy.lb"]},
-            "receiving_namespaces": {"untyped": ["envoy.lb"]},
+            "forwarding_namespaces": {"untyped": [SUBSET_NAMESPACE, LB_NAMESPACE]},
+            "receiving_namespaces": {"untyped": [LB_NAMESPACE]},
         },
     }
 
@@ -212,7 +220,7 @@ def _upstream_cluster(spec: EnvoyListener) -> Config:
     round_robin = _typed("envoy.load_balancing_policies.round_robin", f"{policies}.round_robin.v3.RoundRobin")
     override = {
         "override_host_sources": [
-            {"metadata": {"key": "envoy.lb", "path": [{"key": DESTINATION}]}},
+            {"metadata": {"key": LB_NAMESPACE, "path": [{"key": DESTINATION}]}},
             {"header": DESTINATION},
         ],
         "fallback_policy": {"policies": [{"typed_extension_config": round_robin}]},

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import io
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,23 +66,35 @@ class Site:
 @contextlib.asynccontextmanager
 async def site(
     directory: Path,
-    urls: Sequence[str],
+    endpoints: Sequence[str | Mapping[str, Any]],
     listeners: Sequence[EnvoyListener],
     *,
     session: SessionSettings | None = None,
     tls: TlsSettings | None = None,
+    credentials: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> AsyncIterator[Site]:
-    """Everything up, and down again with empty books."""
+    """Everything up, and down again with empty books. `endpoints` are URLs, or entries as in the configuration."""
     config = Config.model_validate(
-        {"endpoints": {"static": list(urls)}, "scrape": {"idle_interval": "200ms"}, "policy": "balanced"}
+        {
+            "endpoints": {"static": list(endpoints)},
+            "credentials": dict(credentials or {}),
+            "scrape": {"idle_interval": "200ms"},
+            "policy": "balanced",
+        }
     )
     runtime = Runtime(config, log=structlog.wrap_logger(structlog.ReturnLogger()), version="test")
     made = ExtProcSettings(
         **{"host": "127.0.0.1", "port": 0, "health_port": 0, "drain_settle_s": 0.0, "tls": tls, **settings},
         session=session or SessionSettings(),
     )
-    server = ExtProcServer(runtime.director, made, clock=runtime.director.clock, ready=runtime.ready)
+    server = ExtProcServer(
+        runtime.director,
+        made,
+        clock=runtime.director.clock,
+        ready=runtime.ready,
+        authorization=runtime.upstream.authorization,
+    )
     await runtime.start()
     try:
         await runtime.synced(PATIENCE_S)
@@ -104,7 +116,9 @@ async def site(
 class EchoEngine:
     """Answers with the body it got, after `delay_s`; `/events?n=..` streams events 50 ms apart instead.
 
-    It has vLLM's gauges, so that what nobody saw the end of is learnt from them.
+    It has vLLM's gauges, so that what nobody saw the end of is learnt from them. `seen` and `paths` are the headers and
+    the targets of requests. What `x-echo-set-header` names becomes a header of the answer, as in the echo server of the
+    Gateway API's conformance tests.
     """
 
     def __init__(self, name: str) -> None:
@@ -114,6 +128,7 @@ class EchoEngine:
         self.status = 200
         self.running = 0
         self.seen: list[dict[str, str]] = []
+        self.paths: list[str] = []
         self.aborted = asyncio.Event()
 
     @property
@@ -124,16 +139,18 @@ class EchoEngine:
         if request.path == "/metrics":
             text = f'vllm:num_requests_running{{model_name="m"}} {self.running}\nvllm:num_requests_waiting{{}} 0\n'
             return web.Response(text=text)
-        if request.method == "GET" and request.path in {"/health", "/v1/models", "/version"}:
+        if request.method == "GET" and request.path.removeprefix("/openai") in {"/health", "/v1/models", "/version"}:
             return web.json_response({"data": [{"id": "m", "object": "model"}], "object": "list"})
         self.seen.append({name.lower(): value for name, value in request.headers.items()})
+        self.paths.append(request.raw_path)
         self.running += 1
         try:
             body = await request.read()
             await asyncio.sleep(self.delay_s)
             if "n" in request.query:
                 return await self.events(request)
-            return web.Response(body=body, status=self.status, headers=self.marks(), content_type="application/json")
+            headers = self.marks(request)
+            return web.Response(body=body, status=self.status, headers=headers, content_type="application/json")
         except (asyncio.CancelledError, ConnectionError):
             self.aborted.set()
             raise
@@ -141,7 +158,7 @@ class EchoEngine:
             self.running -= 1
 
     async def events(self, request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse(headers={**self.marks(), "content-type": "text/event-stream"})
+        response = web.StreamResponse(headers={**self.marks(request), "content-type": "text/event-stream"})
         await response.prepare(request)
         for number in range(int(request.query["n"])):
             await response.write(b"data: %d %.6f\n\n" % (number, time.monotonic()))
@@ -149,8 +166,9 @@ class EchoEngine:
         await response.write(b"data: [DONE]\n\n")
         return response
 
-    def marks(self) -> dict[str, str]:
-        return {"x-served-by": self.name}
+    def marks(self, request: web.Request) -> dict[str, str]:
+        echo = request.headers.get("x-echo-set-header", "").partition(":")
+        return {"x-served-by": self.name} | ({echo[0]: echo[2]} if echo[0] else {})
 
 
 @contextlib.asynccontextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from picker.core.events import AttemptFailed, FailureKind, Finished, FirstByte, Left, Outcome, Progress, Served
+from picker.core.rules import Rewrite, Target
 from picker.core.updates import Remove, Upsert
 from picker.core.values import Rejection, RejectionCode, Standing
 from picker.director import DECISIONS_MAX, REMEMBERED_CHARS
@@ -93,12 +94,15 @@ def test_decisions_are_remembered_in_a_ring() -> None:
 def test_the_ring_does_not_keep_what_clients_make_long() -> None:
     rig = Rig()
     long = "x" * 100_000
-    verdict = rig.director.decide(request(1, id=long, model=long, target_model=long, session=long, path=long))
+    texts = ("id", "model", "target_model", "session", "path", "objective")
+    verdict = rig.director.decide(request(1, **dict.fromkeys(texts, long)))
     kept = rig.director.decisions[-1].request
 
     assert verdict.request.model == long, "the engine gets the name as it is"
-    for text in (kept.id, kept.model, kept.target_model, kept.session, kept.path):
+    for text in (kept.id, kept.model, kept.target_model, kept.session, kept.path, kept.objective):
         assert text == "x" * REMEMBERED_CHARS
+    assert isinstance(rig.director.decide(request(2, pool=long)), Rejection)
+    assert rig.director.decisions[-1].request.pool == "x" * REMEMBERED_CHARS
 
 
 def test_a_refusal_of_a_long_name_is_short() -> None:
@@ -117,3 +121,37 @@ def test_keys_are_unique_and_models_renamed() -> None:
     assert rig.director.target_model("other") is None
     assert rig.director.target_model(None) is None
     assert dict(rig.director.aliases) == {"small": "llama-8b"}
+
+
+def test_a_pool_is_named_in_full_or_by_a_name_only_one_has() -> None:
+    director = Rig(pools=("ns/a", "ns/b", "other/b")).director
+    for text, expected in (
+        (None, None),
+        ("", None),
+        ("ns/a", "ns/a"),
+        ("a", "ns/a"),
+        ("ns/b", "ns/b"),
+        ("b", "b"),
+        ("ns/c", "ns/c"),
+        ("s/a", "s/a"),
+    ):
+        assert director.pool_named(text) == expected
+    assert "b" not in director.pools, "a name two pools have is nobody's"
+
+
+@pytest.mark.parametrize("pools", [(), ("ns/a",)])
+def test_without_a_choice_no_pool_is_named(pools: tuple[str, ...]) -> None:
+    director = Rig(pools=pools).director
+    assert {director.pool_named(text) for text in (None, "", "a", "ns/a", "ns/b")} == {None}
+
+
+def test_aliases_come_before_the_clusters_rewrites() -> None:
+    director = Rig(aliases={"small": "llama-8b"}).director
+    assert director.renames
+    director.rules.replace(
+        "cluster", (), (Rewrite(pool="ns/a", name="r", models=frozenset({"small", "m"}), targets=(Target("n"),)),)
+    )
+    assert director.target_model("small", "ns/a") == "llama-8b"
+    assert director.target_model("m", "ns/a") == director.target_model("m") == "n"
+    assert director.target_model("m", "ns/b") is None
+    assert not Rig().director.renames

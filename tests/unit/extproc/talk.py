@@ -31,11 +31,14 @@ from picker.extproc.settings import SessionSettings
 from tests.unit.extproc.extproc_fakes import FakeDirector
 
 FDS = BodyMode.FULL_DUPLEX_STREAMED
+KEY = "Bearer s3cret"
 COMPLETION = b'{"model": "m", "prompt": "hello", "seed": 123456789012345678901234567890}'
 
 
 class Talk:
-    """A conversation: feed events, read replies. `decide_at_once` False keeps decisions pending in `pending`."""
+    """A conversation: feed events, read replies. `decide_at_once` False keeps decisions pending in `pending`. Endpoints
+    with credentials want `KEY` as their authorization.
+    """
 
     def __init__(
         self,
@@ -60,7 +63,8 @@ class Talk:
         self.session = Session(
             key=self.director.new_key(),
             settings=settings or SessionSettings(),
-            target_model=self.director.target_model,
+            meanings=self.director,
+            authorization=lambda endpoint: KEY.encode() if endpoint.credentials else None,
             new_id=lambda: "made-up-id",
         )
 

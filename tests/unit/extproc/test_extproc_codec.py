@@ -18,6 +18,7 @@ from picker.extproc.messages import (
     Context,
     Direction,
     HeadersReply,
+    Hidden,
     Immediate,
     Modes,
     Mutation,
@@ -238,3 +239,47 @@ def test_any_parsable_message_decodes(wire: bytes) -> None:
     except Exception:
         return
     decode(made)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"x-waypost-pool": "ns/a"}, Context(pool="ns/a")),
+        ({"x-waypost-pool": ""}, Context()),
+        ({"x-waypost-pool": 7}, Context()),
+        ({"x-waypost-pool": ["ns/a"]}, Context()),
+        ({"x-waypost-pool": None}, Context()),
+        (
+            {"x-waypost-pool": "a", "x-gateway-destination-endpoint-served": "10.0.0.1:1"},
+            Context(pool="a", served="10.0.0.1:1"),
+        ),
+        ({"unrelated": "ns/a"}, Context()),
+    ],
+)
+def test_the_pool_is_read_beside_who_served(fields: dict[str, Any], expected: Context) -> None:
+    event = decode(with_metadata("envoy.lb", fields))
+    assert event is not None
+    assert event.context == expected
+
+
+def test_a_pool_of_another_namespace_is_none() -> None:
+    event = decode(with_metadata("envoy.lb.subset_hint", {"x-waypost-pool": "ns/a"}))
+    assert event is not None
+    assert event.context == Context()
+
+
+def test_paths_and_keys_are_overwritten_on_the_wire() -> None:
+    mutation = Mutation(set_headers=((":path", "/openai/v1/x?a=b"), ("authorization", Hidden("Bearer s3cret"))))
+    [path, key] = encode(HeadersReply(REQUEST, mutation)).request_headers.response.header_mutation.set_headers
+
+    assert (path.header.key, path.header.raw_value) == (":path", b"/openai/v1/x?a=b")
+    assert (key.header.key, key.header.raw_value) == ("authorization", b"Bearer s3cret")
+    assert {path.append_action, key.append_action} == {pb.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD}
+    assert "s3cret" not in repr(mutation)
+
+
+def test_headers_of_a_response_are_changed_without_touching_its_route() -> None:
+    answer = encode(HeadersReply(RESPONSE, Mutation(set_headers=(("x", "1"),)))).response_headers.response
+
+    assert [option.header.raw_value for option in answer.header_mutation.set_headers] == [b"1"]
+    assert not answer.clear_route_cache

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 
+import msgspec
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from picker.core.ledger import Eviction
 from picker.core.values import RejectionCode
+from picker.extproc.headers import CONTROL
 from picker.extproc.messages import (
     CHUNK_BYTES,
+    NO_CONTEXT,
+    UNCHANGED,
     BodyMode,
     BodyReply,
     Context,
@@ -35,16 +39,37 @@ from picker.extproc.messages import (
     TrailersReply,
 )
 from picker.extproc.settings import ResponsePath, SessionSettings
+from picker.openai.routes import target_path
 from tests.unit.extproc.extproc_fakes import FakeDirector
-from tests.unit.extproc.talk import COMPLETION, FDS, Talk
+from tests.unit.extproc.talk import COMPLETION, FDS, KEY, Talk
 
 RANK = {HeadersReply: 0, StreamedBody: 1, BodyReply: 1, TrailersReply: 2}
 CHUNKS = st.sampled_from([b"", b"x", COMPLETION, COMPLETION[:30], b"y" * 70_000, b'data: {"model":"real"}\n\n', b'"m"'])
 HEADERS = st.dictionaries(
-    st.sampled_from([":path", "content-type", "content-length", "x-request-id", "x-llm-d-model-name-rewrite", "date"]),
-    st.sampled_from(["", "/v1/completions", "/v1/messages", "/x", "application/json", "text/event-stream", "12"]),
+    st.sampled_from(
+        [
+            *(":path", "content-type", "content-length", "x-request-id", "date", "authorization"),
+            *("x-llm-d-model-name-rewrite", "x-llm-d-inference-objective", "x-waypost-pool"),
+            *("test-epp-endpoint-selection", "x-echo-set-header"),
+        ]
+    ),
+    st.sampled_from(
+        [
+            *("", "/v1/completions", "/openai/v1/completions", "/v1/messages", "/x", "application/json"),
+            *("text/event-stream", "12", "10.0.0.1", "10.0.0.9:8000"),
+        ]
+    ),
 )
-SUBSETS = st.sampled_from([None, None, None, (), ("10.0.0.1",), ("10.0.0.9",)])
+CONTEXTS = st.builds(
+    Context,
+    subset=st.sampled_from([None, None, None, (), ("10.0.0.1",), ("10.0.0.9",)]),
+    pool=st.sampled_from([None, None, "", "ns/a", "x"]),
+    served=st.sampled_from([None, None, "10.0.0.1:8000"]),
+)
+# What an endpoint may want of its requests.
+ENDPOINTS = st.fixed_dictionaries(
+    {"path_prefix": st.sampled_from(["", "/openai", "/a"]), "credentials": st.sampled_from(["", "main"])}
+)
 
 
 class Conversation(RuleBasedStateMachine):
@@ -58,6 +83,8 @@ class Conversation(RuleBasedStateMachine):
         aliases=st.booleans(),
         at_once=st.booleans(),
         limit=st.sampled_from([100, 200_000]),
+        endpoint=ENDPOINTS,
+        conformance=st.booleans(),
     )
     def open(
         self,
@@ -68,13 +95,20 @@ class Conversation(RuleBasedStateMachine):
         aliases: bool,
         at_once: bool,
         limit: int,
+        endpoint: dict[str, str],
+        conformance: bool,
     ) -> None:
         path = ResponsePath.LEAVE if leave else ResponsePath.OBSERVE
         self.modes = {Direction.REQUEST: request, Direction.RESPONSE: response}
         self.aliased = aliases
+        self.endpoint = endpoint
+        self.conformance = conformance
+        aliased = {"m": "real"} if aliases else {}
         self.talk = Talk(
-            FakeDirector(refuse=refuse, aliases={"m": "real"} if aliases else {}),
-            SessionSettings(response_path=path, rewrites=aliases, max_body_bytes=limit, hold_response_bytes=limit),
+            FakeDirector(refuse=refuse, aliases=aliased, pools=["ns/a"], endpoint=endpoint),
+            SessionSettings(
+                response_path=path, max_body_bytes=limit, hold_response_bytes=limit, conformance=conformance
+            ),
             request=request,
             response=response,
             decide_at_once=at_once,
@@ -101,34 +135,34 @@ class Conversation(RuleBasedStateMachine):
                 self.answered[reply.direction] += 1
         self.said.append(event)
 
-    def context(self, subset: tuple[str, ...] | None) -> Context:
+    def context(self, context: Context = NO_CONTEXT) -> Context:
         modes = self.talk.context.modes if self.first else None
         self.first = False
-        return Context(modes=modes, subset=subset)
+        return msgspec.structs.replace(context, modes=modes)
 
-    @rule(headers=HEADERS, end=st.booleans(), subset=SUBSETS)
-    def request_headers(self, headers: dict[str, str], end: bool, subset: tuple[str, ...] | None) -> None:
-        self.say(RequestHeaders(headers, end, self.context(subset)))
+    @rule(headers=HEADERS, end=st.booleans(), context=CONTEXTS)
+    def request_headers(self, headers: dict[str, str], end: bool, context: Context) -> None:
+        self.say(RequestHeaders(headers, end, self.context(context)))
 
-    @rule(chunk=CHUNKS, end=st.booleans(), subset=SUBSETS)
-    def request_body(self, chunk: bytes, end: bool, subset: tuple[str, ...] | None) -> None:
-        self.say(RequestBody(chunk, end, self.context(subset)))
+    @rule(chunk=CHUNKS, end=st.booleans(), context=CONTEXTS)
+    def request_body(self, chunk: bytes, end: bool, context: Context) -> None:
+        self.say(RequestBody(chunk, end, self.context(context)))
 
     @rule()
     def request_trailers(self) -> None:
-        self.say(RequestTrailers(self.context(None)))
+        self.say(RequestTrailers(self.context()))
 
-    @rule(status=st.sampled_from([0, 200, 429, 503]), headers=HEADERS, end=st.booleans())
-    def response_headers(self, status: int, headers: dict[str, str], end: bool) -> None:
-        self.say(ResponseHeaders(status, headers, end, self.context(None)))
+    @rule(status=st.sampled_from([0, 200, 429, 503]), headers=HEADERS, end=st.booleans(), context=CONTEXTS)
+    def response_headers(self, status: int, headers: dict[str, str], end: bool, context: Context) -> None:
+        self.say(ResponseHeaders(status, headers, end, self.context(context)))
 
     @rule(chunk=CHUNKS, end=st.booleans())
     def response_body(self, chunk: bytes, end: bool) -> None:
-        self.say(ResponseBody(chunk, end, self.context(None)))
+        self.say(ResponseBody(chunk, end, self.context()))
 
     @rule()
     def response_trailers(self) -> None:
-        self.say(ResponseTrailers(self.context(None)))
+        self.say(ResponseTrailers(self.context()))
 
     @precondition(lambda self: self.talk.pending)
     @rule()
@@ -194,6 +228,33 @@ class Conversation(RuleBasedStateMachine):
         if went and went[-1].end_of_stream:
             ends = next(at for at, event in enumerate(came) if event.end_of_stream)
             assert b"".join(part.chunk for part in went) == b"".join(event.chunk for event in came[: ends + 1])
+
+    @invariant()
+    def an_engine_gets_what_it_wants_and_nothing_of_ours(self) -> None:
+        mutations = [r.mutation for r in self.talk.replies if isinstance(r, HeadersReply | BodyReply)]
+        picked = [mutation for mutation in mutations if mutation.destination is not None]
+        assert len(picked) <= 1
+        for mutation in picked:
+            [asked] = [event.headers for event in self.said if isinstance(event, RequestHeaders)][:1]
+            changed, path = dict(mutation.set_headers), asked.get(":path", "")
+            wanted = target_path(path, self.endpoint["path_prefix"])
+            assert changed.get(":path", path) == wanted
+            assert (":path" in changed) == (path != wanted)
+            assert changed.get("authorization") == (KEY if self.endpoint["credentials"] else None)
+            assert ("x-echo-set-header" in changed) == self.conformance
+            assert CONTROL.intersection(asked) <= set(mutation.remove_headers)
+        assert KEY not in repr(self.talk.replies)
+
+    @invariant()
+    def a_target_is_drawn_at_most_once(self) -> None:
+        assert len(self.talk.director.asked) <= 1
+        if self.talk.director.asked and self.talk.director.requests:
+            assert self.talk.director.asked[0][1] == self.talk.director.requests[0].pool
+
+    @invariant()
+    def only_conformance_tests_see_who_served(self) -> None:
+        told = [r for r in self.of(Direction.RESPONSE) if isinstance(r, HeadersReply) and r.mutation != UNCHANGED]
+        assert not told or self.conformance
 
     @invariant()
     def one_end_per_decision(self) -> None:

@@ -71,6 +71,18 @@ def test_routes_and_their_methods() -> None:
     assert dialect_of(b"/v1/messages/count_tokens") is Dialect.ANTHROPIC
 
 
+def test_routes_below_openai_are_the_same_routes() -> None:
+    extra = frozenset({"/v1/extra", "/openai/v1/odd"})
+    for method, path in (("POST", b"/v1/chat/completions"), ("GET", b"/v1/responses/r"), ("GET", b"/v1/extra")):
+        assert find_route(method, b"/openai" + path, extra) == find_route(method, path, extra)
+        assert isinstance(find_route(method, b"/openai" + path, extra), Route)
+    assert isinstance(find_route("POST", b"/openai/v1/odd", extra), Route)
+    for path in (b"/openai/v1/missing", b"/openai/extra", b"/openai/openai/v1/chat/completions", b"/openai/rerank"):
+        assert isinstance(find_route("POST", path, extra), ApiError)
+    assert allow_header(b"/openai/v1/responses/resp_1") == b"GET, DELETE"
+    assert dialect_of(b"/openai/v1/messages") is Dialect.ANTHROPIC
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -308,12 +320,21 @@ def test_old_clients_get_no_chunks() -> None:
 # -- verdicts ---------------------------------------------------------------------------------------------------------
 
 
+def test_every_refusal_has_an_answer() -> None:
+    request = InferenceRequest(key=1, id="r", received_at=0.0)
+    for code in RejectionCode:
+        error = verdict(Rejection(request=request, code=code, message=""), None, attempts=0)
+        assert 400 <= error.status < 600
+        assert error.code
+
+
 @pytest.mark.parametrize(
     ("code", "status", "said"),
     [
         (RejectionCode.NO_ENDPOINTS, 503, "no_endpoints"),
         (RejectionCode.NO_READY_ENDPOINTS, 503, "no_ready_endpoints"),
         (RejectionCode.SUBSET_EMPTY, 503, "subset_empty"),
+        (RejectionCode.POOL_NOT_FOUND, 503, "pool_not_found"),
         (RejectionCode.MODEL_NOT_FOUND, 404, "model_not_found"),
         (RejectionCode.SATURATED, 429, "saturated"),
         (RejectionCode.RESPONSE_GONE, 404, "response_gone"),

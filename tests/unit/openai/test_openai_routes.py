@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from picker.openai.routes import ALLOWED, PASSTHROUGH_ROUTE, Dialect, RouteKind, allowed, match_suffix
+from picker.openai.routes import (
+    ALLOWED,
+    PASSTHROUGH_ROUTE,
+    Dialect,
+    RouteKind,
+    allowed,
+    match_suffix,
+    target_path,
+)
 
 SERVED = {
     "/v1/chat/completions": RouteKind.CHAT,
@@ -133,3 +141,62 @@ def test_any_path_is_answered(path: str) -> None:
     assert isinstance(match_suffix("/" + path).kind, RouteKind)
     route = allowed("/" + path)
     assert route is None or route.name != PASSTHROUGH_ROUTE.name
+
+
+# -- where an engine has a path ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [path for path in SERVED if path.startswith("/v1/")])
+def test_paths_below_openai_are_twins(path: str) -> None:
+    assert allowed("/openai" + path) == allowed(path)
+    assert match_suffix("/openai" + path) == match_suffix(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "prefix", "expected"),
+    [
+        ("/v1/models", "", "/v1/models"),
+        ("/v1/models", "/openai", "/openai/v1/models"),
+        ("/openai/v1/models", "/openai", "/openai/v1/models"),
+        ("/openai/v1/models", "", "/v1/models"),
+        ("/openai/v1/models", "/serving/a", "/serving/a/v1/models"),
+        ("/serving/a/v1/models", "/serving/a", "/serving/a/v1/models"),
+        ("/v1/files?purpose=/v1/x&y=%2Fv1", "/openai", "/openai/v1/files?purpose=/v1/x&y=%2Fv1"),
+        ("/v1/v1/models", "/v1", "/v1/v1/models"),
+        ("/health", "/openai", "/health"),
+        ("/metrics?x=/v1/", "/openai", "/metrics?x=/v1/"),
+        ("/v1", "/openai", "/v1"),
+        ("/v1beta/models", "/openai", "/v1beta/models"),
+        ("/v2/rerank", "/openai", "/v2/rerank"),
+        ("/openai/deployments/x/chat/completions", "/openai", "/openai/deployments/x/chat/completions"),
+        ("/openai", "", "/openai"),
+        ("", "/openai", ""),
+    ],
+)
+def test_a_prefix_goes_before_the_api_once(path: str, prefix: str, expected: str) -> None:
+    assert target_path(path, prefix) == expected
+
+
+PREFIXES = st.sampled_from(["", "/openai", "/a", "/a/b-1", "/v1", "/openai/v1", "/openai/openai"])
+PATHS = st.builds(
+    "".join,
+    st.lists(
+        st.sampled_from(["/v1", "/openai", "/a", "/", "/chat/completions", "?x=/v1/y", "?", "%2e%2e", "v1/", "\ud800"])
+        | st.text(max_size=5),
+        max_size=6,
+    ),
+)
+
+
+@given(path=PATHS, prefix=PREFIXES, other=PREFIXES)
+def test_where_an_engine_has_a_path(path: str, prefix: str, other: str) -> None:
+    target = target_path(path, prefix)
+
+    assert target_path(target, prefix) == target, "never doubled"
+    assert target == path or target.endswith(path.removeprefix("/openai")), "nothing but its beginning changes"
+    assert target.partition("?")[1:] == path.partition("?")[1:]
+    assert target.count("//") <= path.count("//")
+    if not path.startswith(("/v1/", "/openai/v1/")):
+        assert target == path
+    elif prefix and not path.startswith(prefix + "/v1/"):
+        assert target.startswith(prefix + "/v1/")

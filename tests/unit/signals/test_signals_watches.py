@@ -34,6 +34,20 @@ async def test_an_engine_without_health_is_asked_for_its_models(models: Answer) 
         assert rig.store.failures == []
 
 
+@pytest.mark.parametrize(("replies", "lives_by"), [({HEALTH: Answer(200)}, "/health"), ({}, "/openai/v1/models")])
+async def test_only_the_api_is_below_a_path_prefix(replies: dict[str, Reply], lives_by: str) -> None:
+    listed = "http://e:8000/openai/v1/models"
+    prefixed = msgspec.structs.replace(E, path_prefix="/openai")
+    async with scraping({**replies, listed: Answer(200, MODELS)}, prefixed) as rig:
+        await rig.time.advance(5)
+        assert rig.store.models[0].models == {"base", "lora1"}
+        assert len(rig.store.signs_of_life) >= 4
+        assert len(rig.net.times(lives_by)) >= 4
+        asked = {url.removeprefix("http://e:8000") for _, url in rig.net.asked}
+        assert {"/metrics", "/health", "/openai/v1/models"} <= asked
+        assert not {"/v1/models", "/openai/metrics", "/openai/health"} & asked
+
+
 async def test_detection_is_repeated_ever_more_rarely_while_unknown() -> None:
     async with scraping({HEALTH: Answer(200)}) as rig:
         await rig.time.advance(700)
