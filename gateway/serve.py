@@ -145,6 +145,8 @@ def admin_server(runtime: Runtime, sock: socket.socket) -> HttpServer:
         engines=runtime.engines,
         token=_token(runtime.config),
         version=runtime.version,
+        registered=runtime.registered,
+        credentials=frozenset(runtime.config.credentials),
     )
     config = uvicorn.Config(
         app, ws="none", lifespan="off", access_log=False, log_config=None, server_header=False, proxy_headers=False
@@ -202,13 +204,14 @@ async def _gateway(config: Config) -> int:
 
 
 async def _picker(config: Config) -> int:
-    runtime = Runtime(config, log=logs.configure(config.log.level, style=config.log.format), version=VERSION)
+    runtime = Runtime(config, log=logs.configure(config.log.level, style=config.log.format), version=VERSION, h2c=True)
     pages = admin_server(runtime, bind(HostPort(config.picker.host, config.picker.metrics_port)))
     door = ExtProcServer(
         runtime.director,
         _extproc_settings(config),
         clock=runtime.director.clock,
         ready=runtime.ready,
+        authorization=runtime.upstream.authorization,
         on_report=lambda record: record_request(record, runtime.metrics, runtime.log),
     )
     runtime.metrics.extproc_streams.set_function(lambda: door.open_streams)
@@ -292,8 +295,8 @@ def _extproc_settings(config: Config) -> ExtProcSettings:
             response_path=ResponsePath(door.response_path),
             fallbacks=door.fallbacks,
             use_subset=door.subset_filter,
-            rewrites=bool(config.models),
             emit_scores=door.emit_scores,
+            conformance=door.conformance,
             max_body_bytes=config.limits.body,
             receive_timeout_s=config.timeouts.request_body,
             exchange_timeout_s=door.deadline,

@@ -1,23 +1,28 @@
 """The FastAPI app of the admin port.
 
 `/healthz`, `/readyz` and `/metrics` are open; the debug pages answer on loopback, or to the admin token, since they
-tell what models and requests there are.
+tell what models and requests there are. `/endpoints`, which changes things, is `registration`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
+from picker.admin import registration
 from picker.admin.explained import endpoints, explained
 from picker.director import Director
+from picker.sources.registered import RegisteredSource
 from picker.telemetry.metrics import Metrics
 
 Checks = Callable[[], dict[str, str | None]]
@@ -43,11 +48,15 @@ def build(
     engines: Callable[[], Mapping[str, str]],
     token: str | None,
     version: str,
+    registered: RegisteredSource | None = None,
+    credentials: frozenset[str] = frozenset(),
 ) -> FastAPI:
     """The app. `checks` gives, for each condition of readiness, None when it holds or the reason it does not;
-    `engines` the engine of each endpoint that was recognised.
+    `engines` the engine of each endpoint that was recognised. `registered` takes registrations where they are enabled,
+    which may name these `credentials`.
     """
     app = FastAPI(title="Waypost admin", version=version, docs_url=None, redoc_url=None)
+    app.include_router(registration.routes(registered, director, credentials=credentials, token=token))
     guarded = [Depends(_guard(token))]
 
     @app.get("/healthz")
@@ -66,7 +75,7 @@ def build(
     @app.get("/metrics")
     async def metrics_page() -> Response:
         """Prometheus text."""
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(await _page(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/debug/endpoints", dependencies=guarded)
     async def debug_endpoints() -> list[dict[str, Any]]:
@@ -88,6 +97,25 @@ def build(
         return found
 
     return app
+
+
+class _Alone(Collector):
+    """One family, as a collector."""
+
+    def __init__(self, family: Metric) -> None:
+        self._family = family
+
+    def collect(self) -> Iterable[Metric]:
+        return (self._family,)
+
+
+async def _page(registry: CollectorRegistry) -> bytes:
+    """All metrics as text. Requests get their turn between two families: a hundred models make a long page."""
+    page = bytearray()
+    for family in registry.collect():
+        page += generate_latest(_Alone(family))
+        await asyncio.sleep(0)
+    return bytes(page)
 
 
 def _guard(token: str | None) -> Callable[[Request], None]:

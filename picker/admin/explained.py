@@ -20,6 +20,9 @@ def explained(verdict: Decision | Rejection) -> dict[str, Any]:
         "path": request.path,
         "model": request.model,
         "target_model": request.target_model,
+        "pool": request.pool,
+        "objective": request.objective,
+        "priority": request.priority,
         "stream": request.stream,
         "prompt_tokens_estimate": request.prompt_tokens,
         "attempt": len(request.tried) + 1,
@@ -76,14 +79,25 @@ def _omitted(table: ScoreTable) -> dict[str, Any]:
 
 
 def _endpoint(state: EndpointState, now: float, engines: Mapping[str, str]) -> dict[str, Any]:
-    signals = state.signals
+    signals, endpoint = state.signals, state.endpoint
     return {
-        "id": state.endpoint.id,
-        "url": state.endpoint.url,
-        "address": state.endpoint.address,
-        "role": state.endpoint.role.value,
-        "engine": engines.get(state.endpoint.id, state.endpoint.engine),
-        "labels": dict(state.endpoint.labels),
+        "id": endpoint.id,
+        "url": endpoint.url,
+        "address": endpoint.address,
+        "path_prefix": endpoint.path_prefix,
+        "pool": endpoint.pool,
+        "pod": endpoint.pod,
+        "rank": endpoint.rank,
+        "role": endpoint.role.value,
+        "engine": engines.get(endpoint.id, endpoint.engine),
+        "group": endpoint.group,
+        "revision": endpoint.revision,
+        "endpoint_class": endpoint.endpoint_class,
+        "node": endpoint.place.node,
+        "zone": endpoint.place.zone,
+        "bootstrap_port": endpoint.bootstrap_port or None,
+        "metrics_url": endpoint.metrics_url,
+        "labels": dict(endpoint.labels),
         "standing": state.standing.value,
         "reason": state.standing_reason,
         "models": sorted(state.models) if state.models is not None else None,

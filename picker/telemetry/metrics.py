@@ -7,21 +7,24 @@ state of its own: gauges of endpoints are collected from a snapshot when somebod
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from picker.core.ledger import Flight
 from picker.core.values import EndpointState, Snapshot, Standing
+from picker.telemetry.reference_metrics import ReferenceMetrics
 
 # A label that clients can choose takes at most this many values, the rest is `other` (the reference caps models alike).
 MODELS_MAX = 1000
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 _FIRST_BYTE = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 30, 60, 120, 300)
-_DECISION = (0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.1)
+# Holds the bounds of the reference's scheduler metric, which is read off it.
+_DECISION = (0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 
 
 class ModelMetrics:
@@ -105,6 +108,8 @@ class Metrics:
             "waypost_build_info", "Always 1; the version is the label.", ["version", "python"], registry=registry
         )
         info.labels(version, platform.python_version()).set(1)
+        self.reference: ReferenceMetrics | None = None
+        self._version = version
         self._models: dict[str, tuple[str, ModelMetrics]] = {}
         self._selected: dict[str, Counter] = {}
 
@@ -139,6 +144,27 @@ class Metrics:
         """Exports the endpoints' gauges, taken from a snapshot whenever the page is asked for."""
         self.registry.register(_EndpointCollector(snapshot))
 
+    def watch_sources(self, ages_s: Callable[[], Mapping[str, float]]) -> None:
+        """Exports how long ago each source that listens to something last heard of it."""
+        self.registry.register(_SourceCollector(ages_s))
+
+    def show_reference(
+        self,
+        snapshot: Callable[[], Snapshot],
+        flights: Callable[[], Iterable[Flight]],
+        pools: Callable[[], Sequence[str]],
+    ) -> None:
+        """Has the page say what it can under the names of the reference pickers too."""
+        self.reference = ReferenceMetrics(
+            snapshot=snapshot,
+            flights=flights,
+            pools=pools,
+            decisions=self.decision_s,
+            rejections=self.rejections,
+            version=self._version,
+        )
+        self.registry.register(self.reference)
+
 
 class _EndpointCollector(Collector):
     """Gauges of all endpoints as of one snapshot."""
@@ -171,6 +197,24 @@ class _EndpointCollector(Collector):
         for value in Standing:
             standing.add_metric([value.value], sum(state.standing is value for state in snapshot.states))
         yield standing
+
+
+class _SourceCollector(Collector):
+    """The age of what each source says, in seconds."""
+
+    def __init__(self, ages_s: Callable[[], Mapping[str, float]]) -> None:
+        self._ages_s = ages_s
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily(
+            "waypost_source_sync_age_seconds", "Since the source was last heard of.", labels=["source"]
+        )
+        for source, age_s in self._ages_s().items():
+            family.add_metric([source], age_s)
+        yield family
 
 
 def _family(

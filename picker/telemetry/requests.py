@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from picker.core.events import Outcome
-from picker.core.record import RequestRecord
+from picker.core.record import LEFT, RequestRecord
 from picker.telemetry.logs import Log
 from picker.telemetry.metrics import Metrics
 
@@ -12,11 +12,14 @@ def record_request(record: RequestRecord, metrics: Metrics, log: Log) -> None:
     """Counts and logs one request. Prompts and headers are not in the record, so they cannot get into a log."""
     label, counters = metrics.model(record.model if record.endpoint is not None else None)
     counters.count(label, record.status)
-    counters.duration_s.observe(record.duration_s)
+    if record.outcome != LEFT:
+        counters.duration_s.observe(record.duration_s)
     if record.first_byte_s is not None:
         counters.first_byte_s.observe(record.first_byte_s)
     if record.outcome == Outcome.CLIENT_GONE:
         metrics.disconnects.inc()
+    if metrics.reference is not None:
+        metrics.reference.record(record)
     usage = record.usage
     if usage is not None:
         counters.prompt_tokens.inc(usage.prompt_tokens or 0)
