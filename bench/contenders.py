@@ -115,7 +115,7 @@ async def envoy_with_picker(backend: Backend, directory: Path) -> AsyncIterator[
     """
     grpc, health, metrics = free_port(), free_port(), free_port()
     ports = ("--grpc-port", str(grpc), "--grpc-health-port", str(health), "--metrics-port", str(metrics))
-    command = (str(WAYPOST), "picker", *backend.to, "--host", "127.0.0.1", *ports)
+    command = (str(WAYPOST), "picker", *backend.to, "--bind", "127.0.0.1", *ports)
     async with program("waypost-picker", command, directory=directory) as process:
         await process.until(lambda: _listening(process), within_s=READY_WITHIN_S)
         listener = EnvoyListener(name=_LISTENER)

@@ -1,8 +1,8 @@
 """The `waypost` command: flags in, configuration loaded, the right part of the program called.
 
-Owns the spelling of flags, what goes to stdout and stderr, and exit codes: 0 ok, 1 failed, 2 usage or configuration
-error. No logic of its own beyond that; each verb imports what it needs, so that `waypost version` and `--help` are
-quick.
+Owns the verbs, what goes to stdout and stderr, and exit codes: 0 ok, 1 failed, 2 usage or configuration error. The
+options that verbs share are in `flags.py` and reach the configuration from there, by way of the context. No logic of
+its own beyond that; each verb imports what it needs, so that `waypost version` and `--help` are quick.
 """
 
 from __future__ import annotations
@@ -11,28 +11,42 @@ import enum
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
+
+from gateway.flags import (
+    USAGE,
+    Admin,
+    ConfigFile,
+    Dns,
+    DrainTimeout,
+    Kubeconfig,
+    Listen,
+    LogFormat,
+    LogLevel,
+    Namespace,
+    PickerCommand,
+    Policy,
+    Pool,
+    Selector,
+    TargetPorts,
+    To,
+    fail,
+    said,
+    say,
+)
 
 if TYPE_CHECKING:
-    from picker.config import KnownNames, Loaded, Problem
+    from picker.config import Config, KnownNames, Loaded, Problem
+    from picker.config.flag_values import FlagValues
 
 FAILED = 1
-USAGE = 2
 
-_FLAG_NAMES: Mapping[tuple[str, ...], str] = {
-    ("endpoints", "static"): "--to",
-    ("admin", "listen"): "--admin",
-    ("picker", "cert_reload"): "--enable-cert-reload",
-    ("drain", "timeout"): "--drain-timeout",
-    ("log", "level"): "--log-level",
-    ("log", "format"): "--log-format",
-}
 _VERBS = ("run", "picker", "sim", "demo", "validate", "config", "version")
 
 
@@ -68,68 +82,20 @@ class Output(enum.StrEnum):
     JSON = "json"
 
 
-class PickerCommand(TyperCommand):
-    """Takes the flags of the reference endpoint picker as its manifests spell them."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Handle switches, flags without effect here, and flags for pools before the usual parsing."""
-        from picker.config.reference_flags import POOL, set_aside, spell_out_switches
-
-        kept, aside = set_aside(spell_out_switches(args))
-        pools = [flag for flag in aside if flag in POOL]
-        if pools:
-            _say(
-                f"{', '.join(pools)}: Kubernetes pools are not supported yet by this version; "
-                "name the model servers with --to URL or under endpoints: in the configuration file"
-            )
-            raise typer.Exit(USAGE)
-        if aside:
-            _say(f"warning: {', '.join(aside)}: accepted for compatibility, without effect (see --log-level)")
-        return super().parse_args(ctx, kept)
-
-
-def _option(name: str, metavar: str, text: str) -> Any:
-    return typer.Option(name, metavar=metavar, help=text)
-
-
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", metavar="FILE", envvar="WAYPOST_CONFIG", help="Configuration file (YAML)."),
-]
-To = Annotated[list[str] | None, _option("--to", "URL", "A model server, such as http://10.0.0.1:8000. Repeatable.")]
-Policy = Annotated[
-    str | None, _option("--policy", "NAME", "balanced, least-loaded, round-robin, random, or a profile of the file.")
-]
-LogLevel = Annotated[str | None, _option("--log-level", "LEVEL", "debug, info, warning or error. [info]")]
-LogFormat = Annotated[str | None, _option("--log-format", "FORMAT", "auto, json or console. [auto]")]
-DrainTimeout = Annotated[
-    str | None, _option("--drain-timeout", "DURATION", "Longest wait for requests in progress after SIGTERM. [30s]")
-]
-Listen = Annotated[str | None, _option("--listen", "HOST:PORT", "Where the gateway listens. [127.0.0.1:8080]")]
-Admin = Annotated[str | None, _option("--admin", "HOST:PORT", "Health, metrics and debug pages. [127.0.0.1:9090]")]
-Host = Annotated[str | None, _option("--host", "IP", "Address that all ports bind to. [0.0.0.0]")]
-GrpcPort = Annotated[int | None, _option("--grpc-port", "PORT", "ext-proc and gRPC health. [9002]")]
-HealthPort = Annotated[int | None, _option("--grpc-health-port", "PORT", "gRPC health alone, without TLS. [9003]")]
-MetricsPort = Annotated[int | None, _option("--metrics-port", "PORT", "Health, metrics and debug pages. [9090]")]
-SecureServing = Annotated[
-    str | None, _option("--secure-serving", "BOOL", "TLS on the gRPC port: true or false. [true]")
-]
-CertPath = Annotated[
-    str | None, _option("--cert-path", "DIR", "Directory with tls.crt and tls.key. [a self-signed certificate]")
-]
-CertReload = Annotated[
-    str | None, _option("--enable-cert-reload", "BOOL", "Read the certificate again when it changes. [false]")
-]
-ResponsePath = Annotated[
-    str | None, _option("--response-path", "MODE", "observe responses, or leave after the request. [observe]")
-]
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="How to print the result.")]
 
 
 @app.command()
 def run(
+    ctx: typer.Context,
     config: ConfigFile = None,
     to: To = None,
+    dns: Dns = None,
+    pool: Pool = None,
+    endpoint_selector: Selector = None,
+    endpoint_target_ports: TargetPorts = None,
+    namespace: Namespace = None,
+    kubeconfig: Kubeconfig = None,
     listen: Listen = None,
     admin: Admin = None,
     policy: Policy = None,
@@ -138,16 +104,7 @@ def run(
     log_format: LogFormat = None,
 ) -> None:
     """Run the gateway, an OpenAI-compatible HTTP proxy."""
-    flags: dict[tuple[str, ...] | str, object] = {
-        "endpoints.static": _urls(to),
-        "listen": listen,
-        "admin.listen": admin,
-        "policy": policy,
-        "drain.timeout": drain_timeout,
-        "log.level": log_level,
-        "log.format": log_format,
-    }
-    loaded = _load(config, flags, needs_endpoints=True)
+    loaded = _load(ctx, needs_endpoints=True)
     from gateway.serve import serve_gateway
 
     raise typer.Exit(_serve(serve_gateway, loaded))
@@ -155,38 +112,24 @@ def run(
 
 @app.command(cls=PickerCommand)
 def picker(
+    ctx: typer.Context,
     config: ConfigFile = None,
     to: To = None,
+    dns: Dns = None,
+    pool: Pool = None,
+    endpoint_selector: Selector = None,
+    endpoint_target_ports: TargetPorts = None,
+    namespace: Namespace = None,
+    kubeconfig: Kubeconfig = None,
     policy: Policy = None,
-    host: Host = None,
-    grpc_port: GrpcPort = None,
-    grpc_health_port: HealthPort = None,
-    metrics_port: MetricsPort = None,
-    secure_serving: SecureServing = None,
-    cert_path: CertPath = None,
-    enable_cert_reload: CertReload = None,
-    response_path: ResponsePath = None,
-    drain_timeout: DrainTimeout = None,
     log_level: LogLevel = None,
     log_format: LogFormat = None,
 ) -> None:
-    """Run the endpoint picker, an ext-proc server for Envoy."""
-    flags: dict[tuple[str, ...] | str, object] = {
-        "endpoints.static": _urls(to),
-        "policy": policy,
-        "picker.host": host,
-        "picker.grpc_port": grpc_port,
-        "picker.grpc_health_port": grpc_health_port,
-        "picker.metrics_port": metrics_port,
-        "picker.secure_serving": secure_serving,
-        "picker.cert_path": cert_path,
-        "picker.cert_reload": enable_cert_reload,
-        "picker.response_path": response_path,
-        "drain.timeout": drain_timeout,
-        "log.level": log_level,
-        "log.format": log_format,
-    }
-    loaded = _load(config, flags, needs_endpoints=True)
+    """Run the endpoint picker, an ext-proc server for Envoy.
+
+    Starts with the arguments of the reference endpoint picker as they are.
+    """
+    loaded = _load(ctx, needs_endpoints=True)
     from gateway.serve import serve_picker
 
     raise typer.Exit(_serve(serve_picker, loaded))
@@ -213,7 +156,7 @@ def sim(
 ) -> None:
     """Run simulated model servers; no GPU needed."""
     if port and port + engines - 1 > 65535:
-        _say(f"--port: {engines} ports from {port} up go beyond 65535")
+        say(f"--port: {engines} ports from {port} up go beyond 65535")
         raise typer.Exit(USAGE)
     from sim.cluster import run_cluster
 
@@ -229,7 +172,7 @@ def sim(
             processes=processes,
         )
     except ValueError as error:
-        _say(str(error))
+        say(str(error))
         raise typer.Exit(USAGE) from None
     raise typer.Exit(code)
 
@@ -253,7 +196,7 @@ def validate(
     """
     from picker.config import is_problems, load_endpoint_file
 
-    result = _try_load(file, {})
+    result = _try_load(file)
     problems = result if isinstance(result, list) else []
     warnings = [] if isinstance(result, list) else list(result.warnings)
     if not isinstance(result, list) and result.config.endpoints.file is not None:
@@ -268,9 +211,9 @@ def validate(
         typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
         raise typer.Exit(USAGE if problems else 0)
     for warning in warnings:
-        _say(f"warning: {warning}")
+        say(f"warning: {warning}")
     if problems:
-        _fail(problems)
+        fail(problems)
     typer.echo("ok")
 
 
@@ -287,20 +230,30 @@ def version(output: OutputOption = Output.TEXT) -> None:
         typer.echo(f"waypost {number}")
 
 
-@config_app.command("show")
+@config_app.command("show", cls=PickerCommand)
 def config_show(
+    ctx: typer.Context,
     config: ConfigFile = None,
     to: To = None,
+    dns: Dns = None,
+    pool: Pool = None,
+    endpoint_selector: Selector = None,
+    endpoint_target_ports: TargetPorts = None,
+    namespace: Namespace = None,
+    kubeconfig: Kubeconfig = None,
     listen: Listen = None,
     admin: Admin = None,
     policy: Policy = None,
+    log_level: LogLevel = None,
+    log_format: LogFormat = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Print what is in force and where it came from.
 
-    Each value has its origin: default, file, environment or flag. Secrets are masked.
+    Takes the flags of run and picker. Each value has its origin: default, file, environment or flag. Secrets are
+    masked.
     """
-    loaded = _load(config, {"endpoints.static": _urls(to), "listen": listen, "admin.listen": admin, "policy": policy})
+    loaded = _load(ctx)
     from picker.config import effective_json, effective_text
 
     render = effective_json if output is Output.JSON else effective_text
@@ -326,34 +279,36 @@ def config_example() -> None:
 app.add_typer(config_app, name="config")
 
 
-def _urls(to: Sequence[str] | None) -> list[str] | None:
-    """The `--to` arguments as URLs: a bare HOST:PORT and the `/v1` of SDK base URLs are what people type."""
-    from picker.sources.static import usual_url
-
-    return [usual_url(text) for text in to] if to else None
-
-
-def _try_load(path: Path | None, flags: Mapping[tuple[str, ...] | str, object]) -> Loaded | list[Problem]:
+def _try_load(path: Path | None, flags: FlagValues | None = None) -> Loaded | list[Problem]:
     from picker.config import load
 
-    result = load(path, environ=os.environ, flags=flags, known=_known_names(), flag_names=_FLAG_NAMES)
+    values, names = (flags.values, flags.names) if flags is not None else ({}, {})
+    result = load(path, environ=os.environ, flags=values, known=_known_names(), flag_names=names)
     if isinstance(result, list):
         return result
     return _profile_problems(result) or result
 
 
-def _load(path: Path | None, flags: Mapping[tuple[str, ...] | str, object], *, needs_endpoints: bool = False) -> Loaded:
-    """The configuration; with problems, prints them and ends the program."""
-    result = _try_load(path, flags)
+def _load(ctx: typer.Context, *, needs_endpoints: bool = False) -> Loaded:
+    """The configuration under a command's options; with problems, prints them and ends the program."""
+    result = _try_load(ctx.params["config"], said(ctx))
     if isinstance(result, list):
-        _fail(result)
+        fail(result)
     for warning in result.warnings:
-        _say(f"warning: {warning}")
-    endpoints = result.config.endpoints
-    if needs_endpoints and not endpoints.static and endpoints.file is None:
-        _say("no endpoints: give --to URL, or endpoints: in the configuration file (see `waypost config example`)")
+        say(f"warning: {warning}")
+    if needs_endpoints and not _has_endpoints(result.config):
+        say(
+            "no endpoints: give --to URL, --pool NAMESPACE/NAME, or endpoints: in the configuration file "
+            "(see `waypost config example`)"
+        )
         raise typer.Exit(USAGE)
     return result
+
+
+def _has_endpoints(config: Config) -> bool:
+    """Whether endpoints may come from anywhere."""
+    there = config.endpoints
+    return bool(there.static or there.file or there.dns or there.registration.enabled or config.kubernetes.pools)
 
 
 def _known_names() -> KnownNames:
@@ -391,23 +346,13 @@ def _profile_problems(loaded: Loaded) -> list[Problem]:
     return problems
 
 
-def _fail(problems: Sequence[Problem]) -> NoReturn:
-    for problem in problems:
-        _say(str(problem))
-    raise typer.Exit(USAGE)
-
-
 def _serve(serve: Callable[[Loaded], int], loaded: Loaded) -> int:
     """Runs a door; a port that is taken or a certificate that is missing is a line, not a traceback."""
     try:
         return serve(loaded)
     except (OSError, RuntimeError) as error:
-        _say(f"waypost: {error}")
+        say(f"waypost: {error}")
         return FAILED
-
-
-def _say(line: str) -> None:
-    typer.echo(line, err=True)
 
 
 def main() -> None:

@@ -44,7 +44,7 @@ class PickerProcess:
         self.port, health, metrics = free_ports(3)
         self.log = directory / "picker.log"
         ports = [("--grpc-port", self.port), ("--grpc-health-port", health), ("--metrics-port", metrics)]
-        self._arguments = ["picker", "--host", "127.0.0.1", "--log-format", "json", "--secure-serving=false"]
+        self._arguments = ["picker", "--bind", "127.0.0.1", "--log-format", "json", "--secure-serving=false"]
         self._arguments += [str(part) for pair in ports for part in pair]
         self._arguments += [part for engine in engines for part in ("--to", engine.url)]
         self._process: asyncio.subprocess.Process | None = None

@@ -11,42 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from gateway.cli import app
-from picker.config import Loaded, example
+from picker.config import example
+from tests.unit.cli.doors import Doors, waypost
 
 ROOT = Path(__file__).parents[3]
-
-
-def waypost(*args: str, env: dict[str, str] | None = None) -> Result:
-    cleared: dict[str, str | None] = {name: None for name in os.environ if name.startswith("WAYPOST_")}
-    return CliRunner().invoke(app, list(args), env={**cleared, **(env or {})}, prog_name="waypost")
-
-
-class Doors:
-    """Stands in for the module that serves, and keeps what it was given."""
-
-    def __init__(self, code: int = 0) -> None:
-        self.code = code
-        self.called: list[tuple[str, Loaded]] = []
-
-    def serve_gateway(self, loaded: Loaded) -> int:
-        self.called.append(("gateway", loaded))
-        return self.code
-
-    def serve_picker(self, loaded: Loaded) -> int:
-        self.called.append(("picker", loaded))
-        return self.code
-
-
-@pytest.fixture
-def doors(monkeypatch: pytest.MonkeyPatch) -> Doors:
-    fake = Doors()
-    module = types.ModuleType("gateway.serve")
-    module.__dict__.update(serve_gateway=fake.serve_gateway, serve_picker=fake.serve_picker)
-    monkeypatch.setitem(sys.modules, "gateway.serve", module)
-    return fake
 
 
 def test_verbs_are_listed_in_order() -> None:
@@ -118,71 +87,6 @@ def test_wrong_flags_are_named(doors: Doors) -> None:
         "--to: must start with http:// or https:// (got 'ftp://a:1')",
         "--drain-timeout: must be a duration with a unit, such as 50ms, 2s, 5m or 1h; did you mean 30s? (got '30')",
     ]
-    assert doors.called == []
-
-
-def test_picker_hands_flags_over(doors: Doors) -> None:
-    result = waypost(
-        "picker", "--to", "http://a:1", "--host", "127.0.0.1", "--grpc-port", "0", "--grpc-health-port", "7001",
-        "--metrics-port", "7002", "--cert-path", "/certs", "--enable-cert-reload", "--response-path", "leave",
-        "--policy", "random", "--drain-timeout", "1m30s",
-    )  # fmt: skip
-    assert (result.exit_code, result.stderr) == (0, "")
-    ((door, loaded),) = doors.called
-    section = loaded.config.picker
-    assert door == "picker"
-    assert (section.host, section.grpc_port, section.grpc_health_port, section.metrics_port) == (
-        "127.0.0.1",
-        0,
-        7001,
-        7002,
-    )
-    assert (section.cert_path, section.cert_reload, section.response_path) == (Path("/certs"), True, "leave")
-    assert loaded.config.drain.timeout == 90.0
-
-
-@pytest.mark.parametrize(
-    ("args", "expected"),
-    [
-        ([], True),
-        (["--secure-serving"], True),
-        (["--secure-serving=true"], True),
-        (["--secure-serving=false"], False),
-        (["--secure-serving", "false"], False),
-        (["--secure-serving", "--policy", "random"], True),
-    ],
-)
-def test_secure_serving_spellings(args: list[str], expected: bool, doors: Doors) -> None:
-    result = waypost("picker", *args, "--to", "http://a:1")
-    assert (result.exit_code, result.stderr) == (0, "")
-    assert doors.called[0][1].config.picker.secure_serving is expected
-
-
-def test_secure_serving_wants_a_boolean(doors: Doors) -> None:
-    result = waypost("picker", "--secure-serving=maybe", "--to", "http://a:1")
-    assert result.exit_code == 2
-    assert result.stderr == "--secure-serving: must be true or false (got 'maybe')\n"
-
-
-def test_reference_flags_are_ignored_with_one_line(doors: Doors) -> None:
-    result = waypost(
-        "picker", "--zap-encoder", "json", "--zap-log-level=info", "--zap-devel", "--zap-stacktrace-level", "error",
-        "--zap-time-encoding=iso8601", "-v", "4", "--v=5", "-v=2", "-v3", "--to", "http://a:1",
-    )  # fmt: skip
-    assert result.exit_code == 0
-    assert result.stderr == (
-        "warning: --zap-encoder, --zap-log-level, --zap-devel, --zap-stacktrace-level, --zap-time-encoding, -v, --v: "
-        "accepted for compatibility, without effect (see --log-level)\n"
-    )
-    assert [entry.url for entry in doors.called[0][1].config.endpoints.static] == ["http://a:1"]
-
-
-@pytest.mark.parametrize("args", [["--pool-name", "p"], ["--pool-name=p"], ["--pool-namespace", "n"]])
-def test_pools_are_refused(args: list[str], doors: Doors) -> None:
-    result = waypost("picker", *args, "--to", "http://a:1")
-    assert result.exit_code == 2
-    flag = args[0].split("=")[0]
-    assert result.stderr.startswith(f"{flag}: Kubernetes pools are not supported yet by this version;")
     assert doors.called == []
 
 
