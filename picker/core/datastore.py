@@ -56,6 +56,7 @@ class _Record:
     """Everything about one endpoint, mutable, owned by the datastore."""
 
     __slots__ = (
+        "cold_at",
         "counter_at",
         "endpoint",
         "health",
@@ -77,6 +78,7 @@ class _Record:
         self.models: frozenset[str] | None = None
         self.models_at = 0.0
         self.counter_at = 0.0
+        self.cold_at = 0.0
         self.pace = Pace()
         self.row: EndpointState | None = None
         self.standing = Standing.READY
@@ -204,6 +206,8 @@ class Datastore:
         record = self._records.get(endpoint_id)
         if record is not None:
             record.health.dispatched(request.key, now)
+            if request.keys is not None and not request.matches:
+                record.cold_at = now
             self._touch(record)
 
     def progressed(self, key: int, now: float, *, refused: bool = False) -> None:
@@ -335,6 +339,7 @@ class Datastore:
             running=running,
             in_flight=len(load.flights),
             in_flight_tokens=load.tokens,
+            cold_at=record.cold_at,
         )
         return record.row
 

@@ -158,7 +158,7 @@ class Ledger:
     def reserve(self, request: InferenceRequest, endpoint_id: str, now: float) -> None:
         """Counts the request on the endpoint. A request already reserved moves: it is never counted twice."""
         self.release(request.key, now)
-        flight = Flight(request, endpoint_id, request.expected_tokens, now, now)
+        flight = Flight(request, endpoint_id, request.expected_tokens_at(endpoint_id), now, now)
         load = self.load(endpoint_id)
         load.gone = False
         load.flights[request.key] = flight

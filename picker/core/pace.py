@@ -42,8 +42,10 @@ class Pace:
             self.silent_s = _smoothed(self.silent_s, took_s)
             return
         self.first_byte_s = _smoothed(self.first_byte_s, took_s)
-        if flight.request.prompt_tokens >= TELLING_PROMPT_TOKENS:
-            rate = min(max(took_s / flight.request.prompt_tokens, PREFILL_S_PER_TOKEN_MIN), PREFILL_S_PER_TOKEN_MAX)
+        # What was in the cache took no time.
+        tokens = flight.request.uncached_tokens_at(flight.endpoint_id)
+        if tokens >= TELLING_PROMPT_TOKENS:
+            rate = min(max(took_s / tokens, PREFILL_S_PER_TOKEN_MIN), PREFILL_S_PER_TOKEN_MAX)
             self.prefill_s_per_token = _smoothed(self.prefill_s_per_token, rate)
 
     def is_hung(self, load: Load, now: float, *, counter_at: float | None, hung_after_s: float) -> bool:
@@ -65,6 +67,7 @@ class Pace:
             return max(SILENT_ANSWER_S, self.silent_s)
         # The first of them to be prefilled ends the silence, so they do not add up beyond one step of the engine:
         # otherwise a frozen engine would get more time with every request it swallows.
+        # All of them count in full: a wrong guess about what is cached must not make a busy engine look frozen.
         prompts = [flight.request.prompt_tokens for flight in awaited]
         tokens = max(*prompts, min(sum(prompts), STEP_TOKENS))
         return max(self.first_byte_s, FIRST_BYTE_PRIOR_S + tokens * self.prefill_s_per_token)

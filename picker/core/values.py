@@ -129,13 +129,17 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     keys: PromptKeys | None = None
     matches: Mapping[str, Match] = {}
 
-    @property
-    def expected_tokens(self) -> int:
-        """Tokens this request is expected to hold at its end: prompt plus output, 256 when the client set no limit (a
-        typical chat answer).
+    def uncached_tokens_at(self, endpoint_id: str) -> int:
+        """Tokens of the prompt that the endpoint does not hold yet, as of the decision."""
+        match = self.matches.get(endpoint_id)
+        return max(0, self.prompt_tokens - (match.tokens if match is not None else 0))
+
+    def expected_tokens_at(self, endpoint_id: str) -> int:
+        """Tokens this request is expected to make the endpoint compute: what it does not hold of the prompt, and the
+        output, 256 when the client set no limit (a typical chat answer).
         """
         output = 256 if self.max_output_tokens is None else max(0, min(self.max_output_tokens, 4096))
-        return max(0, self.prompt_tokens) + output
+        return self.uncached_tokens_at(endpoint_id) + output
 
 
 class Standing(enum.StrEnum):

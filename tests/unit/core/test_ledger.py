@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import hypothesis.strategies as st
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from picker.core.ledger import CORRECTIONS_MAX, DETACHED, EVICT_AGAIN_S, Deadlines, Eviction, Ledger
+from picker.core.prefix.prompt import Match
 from tests.unit.core.builders import request
 
 LIMITS = Deadlines(first_byte_s=10.0, between_chunks_s=5.0, total_s=100.0)
@@ -55,7 +57,7 @@ def test_a_key_reserved_twice_moves() -> None:
 )
 def test_expected_tokens_are_bounded_and_never_negative(prompt: int, limit: int | None, expected: int) -> None:
     """Clients choose max_tokens; a negative one must not make an endpoint look emptier than empty."""
-    assert request(1, prompt_tokens=prompt, max_output_tokens=limit).expected_tokens == expected
+    assert request(1, prompt_tokens=prompt, max_output_tokens=limit).expected_tokens_at("a") == expected
 
 
 def test_correction_counts_what_a_scrape_cannot_have_seen() -> None:
@@ -278,7 +280,7 @@ class LedgerMachine(RuleBasedStateMachine):
         made = request(key, prompt_tokens=prompt, max_output_tokens=limit)
         self.ledger.reserve(made, name, self._later())
         self.model.pop(key, None)
-        self.model[key] = (name, made.expected_tokens, False)
+        self.model[key] = (name, made.expected_tokens_at(name), False)
 
     @rule(key=KEYS)
     def release(self, key: int) -> None:
@@ -348,3 +350,13 @@ class LedgerMachine(RuleBasedStateMachine):
 
 LedgerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestLedgerMachine = LedgerMachine.TestCase
+
+
+def test_what_the_endpoint_holds_of_the_prompt_is_no_work() -> None:
+    made = msgspec.structs.replace(
+        request(1, prompt_tokens=1000, max_output_tokens=10), matches={"a": Match(960, exact=True), "b": Match(2000)}
+    )
+    ledger = Ledger()
+    for name, tokens in (("a", 50), ("b", 10), ("c", 1010)):
+        ledger.reserve(made, name, 1.0)
+        assert ledger.load(name).tokens == tokens
