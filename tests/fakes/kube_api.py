@@ -54,12 +54,14 @@ class _Fault:
     times: int
     path: str
     watch: bool | None
+    having: str
     retry_after_s: int | None
     message: str
     body: bytes | None
 
     def fits(self, asked: Seen) -> bool:
-        return self.times > 0 and self.path in asked.path and self.watch in (None, asked.watch)
+        fits = self.path in asked.path and self.watch in (None, asked.watch)
+        return fits and self.times > 0 and (not self.having or self.having in asked.query)
 
 
 class FakeKube:
@@ -92,24 +94,20 @@ class FakeKube:
         self.port = 0
         self._tls = tls
         self._faults: list[_Fault] = []
-        self._transports: set[asyncio.Transport] = set()
-        self._runner: web.ServerRunner | None = None
-        self._site: web.TCPSite | None = None
+        # A client that leaves ends the handler of its watch.
+        self._server = web.Server(self._answer, handler_cancellation=True)
+        self._listener: asyncio.Server | None = None
 
     def __repr__(self) -> str:
         return f"<FakeKube {self.url} version {self.state.version}>"
 
     async def __aenter__(self) -> FakeKube:
-        # A client that leaves ends the handler of its watch.
-        self._runner = web.ServerRunner(web.Server(self._answer, handler_cancellation=True), shutdown_timeout=0.1)
-        await self._runner.setup()
         await self.up()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.down()
-        assert self._runner is not None
-        await self._runner.cleanup()
+        await self._server.shutdown(timeout=0.1)
 
     @property
     def url(self) -> str:
@@ -170,14 +168,15 @@ class FakeKube:
         *,
         path: str = "",
         watch: bool | None = None,
+        having: str = "",
         retry_after_s: int | None = None,
         message: str = "",
         body: bytes | None = None,
     ) -> None:
         """The next `times` requests whose path contains `path` get `status` (or `body` with it). `watch`: only watches,
-        or only lists.
+        or only lists. `having`: only with this parameter, such as "continue".
         """
-        self._faults.append(_Fault(status, times, path, watch, retry_after_s, message, body))
+        self._faults.append(_Fault(status, times, path, watch, having, retry_after_s, message, body))
 
     def forgive(self) -> None:
         """No more of the failures that were ordered."""
@@ -214,37 +213,39 @@ class FakeKube:
 
     def drop(self) -> None:
         """Every connection is reset."""
-        for transport in self._transports:
-            if transport.is_closing():
+        for connection in self._server.connections:
+            transport = connection.transport
+            if transport is None or transport.is_closing():
                 continue
             sock = transport.get_extra_info("socket")
             if sock is not None:
                 # A reset, rather than an end.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             transport.abort()
-        self._transports.clear()
 
     async def down(self) -> None:
         """The server goes away: connections are reset and new ones refused."""
-        if self._site is not None:
-            await self._site.stop()
-            self._site = None
+        if self._listener is None:
+            return
+        # asyncio loses connections that it accepted in the moment its server closes: first accept no more.
+        for sock in self._listener.sockets:
+            asyncio.get_running_loop().remove_reader(sock.fileno())
+        for _ in range(3):
+            await asyncio.sleep(0)
+        self._listener.close()
+        self._listener = None
         self.drop()
 
     async def up(self) -> None:
         """The server is there, at the port it had before."""
-        assert self._runner is not None
-        if self._site is not None:
-            return
-        self._site = web.TCPSite(self._runner, "127.0.0.1", self.port, ssl_context=self._tls)
-        await self._site.start()
-        self.port = self._runner.addresses[0][1]
+        if self._listener is None:
+            loop = asyncio.get_running_loop()
+            self._listener = await loop.create_server(self._server, "127.0.0.1", self.port, ssl=self._tls)
+            self.port = self._listener.sockets[0].getsockname()[1]
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
-        if request.transport is not None:
-            self._transports.add(request.transport)
         if self.latency_s:
             await asyncio.sleep(self.latency_s)
         asked = Seen(request.path, dict(request.query), request.headers.get("Authorization", ""))

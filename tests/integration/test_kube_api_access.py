@@ -309,6 +309,16 @@ async def test_a_cluster_with_a_new_authority(tmp_path: Path) -> None:
         await until(lambda: mirror.lists == 1)
 
 
+async def test_a_server_that_need_not_prove_itself(tmp_path: Path) -> None:
+    async with FakeKube(token=SECRET, tls=Authority("stranger").server(tmp_path)) as kube:
+        config = kube.kubeconfig(tmp_path)
+        async with connected(config) as api:
+            assert isinstance(await api.get(PODS, {}, timeout_s=5), ApiFailure)
+        edited(config, cluster={"server": kube.url, "insecure-skip-tls-verify": True})
+        async with connected(config) as api:
+            assert isinstance(await api.get(PODS, {}, timeout_s=5), bytes)
+
+
 async def test_client_certificates_and_the_name_of_the_server(tmp_path: Path) -> None:
     servers, clients = Authority("servers"), Authority("clients")
     certificate, key = clients.issue("me", tmp_path)

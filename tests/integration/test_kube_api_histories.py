@@ -30,7 +30,7 @@ STEPS = st.one_of(
     st.tuples(st.sampled_from(["cut", "mangle", "mute", "drop", "compact"]), CHANGES),
     st.tuples(st.just("fail"), STATUSES, st.integers(1, 3), st.sampled_from([None, True, False])),
     st.tuples(st.just("slow"), st.sampled_from([0.0, 0.002, 0.01])),
-    st.tuples(st.sampled_from(["close", "expire", "garbage", "stranger", "down", "up"])),
+    st.tuples(st.sampled_from(["close", "expire", "expire page", "garbage", "stranger", "down", "up"])),
     st.tuples(st.sampled_from(["token", "token file", "by status", "in stream"])),
 )
 # After each step: at once the next one, or in the middle of whatever the reflector is doing, or when it watches again.
@@ -53,6 +53,7 @@ class World:
             "expire": kube.expire_watches,
             "drop": kube.drop,
             "mute": kube.mute_watches,
+            "expire page": lambda: kube.fail(410, having="continue"),
             "garbage": lambda: kube.send_raw(b'{"type":"ADDED","obj\n'),
             "stranger": lambda: kube.send_raw(b'{"type":"SPARKLED","object":{"metadata":{"resourceVersion":"9"}}}\n'),
             "token": self._rotate,

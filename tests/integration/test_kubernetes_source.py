@@ -198,8 +198,9 @@ async def test_the_last_state_stays_while_the_api_server_is_away(tmp_path: Path)
         async with followed(tmp_path, kube) as cluster:
             await synced(cluster)
             await kube.down()
+            await asyncio.sleep(0.1)
             heard = cluster.source.status().heard_at
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.2)
             assert len(cluster.addresses) == 2
             assert cluster.source.status().problem == ""
             assert cluster.source.status().heard_at == heard
