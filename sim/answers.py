@@ -29,11 +29,11 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Token counts of one finished generation."""
+    """Token counts of one finished generation. ``cached`` is None when the engine does not tell it."""
 
     prompt: int
     completion: int
-    cached: int
+    cached: int | None
 
     def openai(self) -> dict[str, Any]:
         """As in chat completions and completions."""
@@ -41,7 +41,7 @@ class Usage(msgspec.Struct, frozen=True):
             "prompt_tokens": self.prompt,
             "total_tokens": self.prompt + self.completion,
             "completion_tokens": self.completion,
-            "prompt_tokens_details": {"cached_tokens": self.cached},
+            "prompt_tokens_details": None if self.cached is None else {"cached_tokens": self.cached},
         }
 
 

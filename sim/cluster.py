@@ -14,6 +14,8 @@ from typing import Final
 import uvloop
 
 from sim.frontend import EngineSpec
+from sim.kv_encoding import EngineName
+from sim.kv_events import KvEvents
 from sim.profiles import profile_for
 from sim.server import EngineServer
 
@@ -71,26 +73,38 @@ def specs_for(
     first_index: int = 0,
     max_num_queued_reqs: int | None = None,
     api_key: str | None = None,
+    engine: EngineName = "vllm",
+    kv_events: KvEvents | None = None,
+    data_parallel_size: int = 1,
+    block_size: int | None = None,
 ) -> list[EngineSpec]:
     """Specs of ``engines`` engines on ports from ``port`` up (0: free ones). Several accelerators are dealt in turn.
 
-    They share the seed, so all of them give the same answer to the same prompt, like replicas of one model.
+    They share the seed, so all of them give the same answer to the same prompt, like replicas of one model. With
+    ``data_parallel_size`` each engine is so many ranks, one spec and one port each; the ports of ``kv_events`` count
+    up with the specs as well. ``block_size`` None is the accelerator's own.
     Raises ValueError for an unknown accelerator or a speed that is not positive.
     """
     names = [accelerator] if isinstance(accelerator, str) else list(accelerator)
-    return [
-        EngineSpec(
-            profile=profile_for(model, names[index % len(names)]).sped_up(speed),
+    specs = []
+    for offset in range(engines * data_parallel_size):
+        index = first_index + offset
+        profile = profile_for(model, names[index // data_parallel_size % len(names)]).sped_up(speed)
+        spec = EngineSpec(
+            profile=profile if block_size is None else profile.with_block_size(block_size),
+            engine=engine,
             model=model,
             index=index,
-            port=port + index - first_index if port else 0,
+            port=port + offset if port else 0,
             seed=seed,
             loras=tuple(lora),
             max_num_queued_reqs=max_num_queued_reqs,
             api_key=api_key,
+            data_parallel_rank=offset % data_parallel_size,
+            kv_events=None if kv_events is None else kv_events.moved(offset),
         )
-        for index in range(first_index, first_index + engines)
-    ]
+        specs.append(spec)
+    return specs
 
 
 def run_specs(specs: Sequence[EngineSpec], *, host: str = "127.0.0.1", drain_s: float = 0.0) -> int:
@@ -131,26 +145,65 @@ def run_cluster(
     lora: Sequence[str] = (),
     processes: bool = False,
     host: str = "127.0.0.1",
+    engine: EngineName = "vllm",
+    kv_events: KvEvents | None = None,
+    data_parallel_size: int = 1,
+    block_size: int | None = None,
 ) -> int:
     """``waypost sim``: serve ``engines`` engines on ports from ``port`` up until a signal. Returns the exit code.
 
-    ``processes`` gives every engine a process of its own; the death of one leaves the others alone. Raises ValueError
-    for an unknown accelerator or a bad speed.
+    ``processes`` gives every engine a process of its own; the death of one leaves the others alone. The rest is as
+    for ``specs_for``. Raises ValueError for an unknown accelerator or a bad speed.
     """
-    specs = specs_for(engines, port, model=model, accelerator=accelerator, speed=speed, seed=seed, lora=lora)
+    specs = specs_for(
+        engines,
+        port,
+        model=model,
+        accelerator=accelerator,
+        speed=speed,
+        seed=seed,
+        lora=lora,
+        engine=engine,
+        kv_events=kv_events,
+        data_parallel_size=data_parallel_size,
+        block_size=block_size,
+    )
     if not processes:
         return run_specs(specs, host=host)
     names = [accelerator] if isinstance(accelerator, str) else list(accelerator)
     commands = [
         [
             *(sys.executable, "-m", "sim", "--engines", "1", "--port", str(spec.port), "--host", host),
-            *("--model", model, "--accelerator", names[index % len(names)], "--speed", str(speed)),
-            *("--seed", str(spec.seed), "--index", str(spec.index)),
+            *("--model", model, "--accelerator", names[number % len(names)], "--speed", str(speed)),
+            *("--seed", str(spec.seed), "--index", str(spec.index), "--engine", engine),
+            *("--data-parallel-size", str(data_parallel_size)),
             *(("--lora", ",".join(lora)) if lora else ()),
+            *(("--block-size", str(block_size)) if block_size else ()),
+            *_kv_arguments(spec),
         ]
-        for index, spec in enumerate(specs)
+        for number, spec in enumerate(specs[::data_parallel_size])
     ]
     return _run_processes(commands)
+
+
+def _kv_arguments(spec: EngineSpec) -> list[str]:
+    events = spec.kv_events
+    if events is None:
+        return []
+    name = spec.engine if events.encoding == "map" else f"{spec.engine}-array"
+    arguments = [
+        "--kv-events",
+        name,
+        "--kv-events-port",
+        str(events.port),
+        "--kv-buffer-steps",
+        str(events.buffer_steps),
+    ]
+    if events.replay_port is not None:
+        arguments += ["--kv-replay-port", str(events.replay_port)]
+    if events.replay_topic is not None:
+        arguments += ["--kv-replay-frames", "4" if events.replay_topic else "3"]
+    return arguments
 
 
 def _run_processes(commands: Sequence[Sequence[str]]) -> int:

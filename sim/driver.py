@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from sim.metrics_page import Meter
+from sim.meter import Meter
 from sim.physics import Engine
 from sim.requests import Emission, Refused, Request
 

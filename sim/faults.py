@@ -17,7 +17,8 @@ class Faults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ``slow`` multiplies every step time. ``hang`` "all": nothing answers but ``/sim``; "engine": the front end answers,
     the engine makes no progress. ``error_rate`` maps status codes to shares of the inference requests.
     ``reset_after_chunks``: TCP RST after so many SSE events of every stream. ``close_before_response``: inference
-    requests are read and the connection closed without a byte.
+    requests are read and the connection closed without a byte. ``kv_replay`` "off": requests for missed KV events
+    get no answer.
     """
 
     slow: float = 1.0
@@ -27,6 +28,7 @@ class Faults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     stale_metrics: bool = False
     metrics: Literal["on", "off"] = "on"
     close_before_response: bool = False
+    kv_replay: Literal["on", "off"] = "on"
 
     def drawn_error(self, rng: random.Random) -> int | None:
         """The status code with which to fail this request, if any."""
@@ -41,15 +43,20 @@ class Faults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):
-    """One ``POST /sim``: the faults from now on, and what to do once."""
+    """One ``POST /sim``: the faults from now on, and what to do once.
+
+    ``drop_kv_batches``: so many next batches of KV events are not sent (subscribers see a gap; replay has them).
+    """
 
     faults: Faults
     restart_after_s: float | None = None
     forget: bool = False
+    drop_kv_batches: int = 0
 
 
 def command_from(body: bytes, current: Faults) -> Command | str:
-    """Read a ``POST /sim`` body: fields of ``Faults`` to change, ``reset``, ``restart`` (seconds), ``forget``.
+    """Read a ``POST /sim`` body: fields of ``Faults`` to change, ``reset``, ``restart`` (seconds), ``forget``,
+    ``drop_kv_batches``.
 
     Returns the reason when the body is wrong; then nothing is to be changed.
     """
@@ -57,6 +64,7 @@ def command_from(body: bytes, current: Faults) -> Command | str:
         patch = msgspec.json.decode(body or b"{}", type=dict[str, Any])
         reset = msgspec.convert(patch.pop("reset", False), bool)
         forget = msgspec.convert(patch.pop("forget", False), bool)
+        dropped = msgspec.convert(patch.pop("drop_kv_batches", 0), int)
         restart = msgspec.convert(patch.pop("restart", None), float | None)
         before = {} if reset else msgspec.to_builtins(current)
         faults = msgspec.convert({**before, **patch}, Faults)
@@ -65,7 +73,9 @@ def command_from(body: bytes, current: Faults) -> Command | str:
     reason = _reason_against(faults)
     if reason is None and restart is not None and not 0 <= restart <= 3600:
         reason = "restart must be 0 to 3600 seconds"
-    return reason or Command(faults=faults, restart_after_s=restart, forget=forget)
+    if reason is None and dropped < 0:
+        reason = "drop_kv_batches must not be negative"
+    return reason or Command(faults=faults, restart_after_s=restart, forget=forget, drop_kv_batches=dropped)
 
 
 def _reason_against(faults: Faults) -> str | None:

@@ -14,24 +14,20 @@ from typing import Final
 
 import msgspec
 
-from sim.answers import OVERLOADED, Answer, ApiError, Ask, Usage, bad_request, encode_json, model_not_found
+from sim import metrics_page, sglang_page
+from sim.answers import OVERLOADED, Answer, ApiError, Ask, bad_request, encode_json, model_not_found
+from sim.describe import kv_event_sources, model_info, model_list, server_info
 from sim.driver import EngineDriver
+from sim.exposition import CONTENT_TYPE
 from sim.faults import Faults
+from sim.generation import Generation, Surroundings
 from sim.http1 import HttpRequest, Reply
-from sim.metrics_page import CONTENT_TYPE, Gauges, render
-from sim.openai_api import (
-    ChatAnswer,
-    CompletionAnswer,
-    EmbeddingAnswer,
-    detokenize,
-    model_list,
-    read_chat,
-    read_completion,
-    read_embedding,
-    tokenize,
-)
+from sim.kv_encoding import EngineName
+from sim.kv_events import KvEvents, KvPublisher
+from sim.meter import Gauges
+from sim.openai_api import ChatAnswer, CompletionAnswer, EmbeddingAnswer, read_chat, read_completion, read_embedding
 from sim.profiles import Profile
-from sim.requests import Emission, Request
+from sim.requests import Request
 from sim.responses_api import (
     MessagesAnswer,
     ResponsesAnswer,
@@ -40,20 +36,23 @@ from sim.responses_api import (
     read_messages,
     read_responses,
 )
-from sim.tokens import decode, no_tokens
+from sim.tokenizing import Renderer, detokenize, render_chat, render_completion, tokenize
 
-# Time for the last chunk to leave before the connection is broken: an RST takes unsent bytes with it.
-RESET_DELAY_S: Final = 0.01
-VERSION: Final = "0.32.0"
+VERSIONS: Final[dict[EngineName, str]] = {"vllm": "0.32.0", "sglang": "0.5.23"}
+Route = Callable[[HttpRequest, Reply], None]
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     """How one engine is set up. ``port`` 0 takes a free one; ``index`` is what ``x-sim-engine`` tells.
 
     ``max_num_queued_reqs`` limits running and waiting requests together (503 beyond it). ``api_key`` guards ``/v1/*``.
+    ``data_parallel_rank``: this server is that rank of a data-parallel engine; every rank is a server with its own
+    port, cache and events, as behind an InferencePool with several target ports. ``kv_events`` None: none published.
+    ``prompt_tokens_details``: usage tells cached tokens. ``scale_out``: the ``/render`` routes answer (else 403).
     """
 
     profile: Profile
+    engine: EngineName = "vllm"
     model: str = "sim-8b"
     index: int = 0
     port: int = 0
@@ -64,86 +63,17 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     api_key: str | None = None
     tls: ssl.SSLContext | None = None
     recorded_requests: int = 256
-
-
-class Generation:
-    """One request between the engine and its client. ``reply`` is None for responses made in the background."""
-
-    __slots__ = ("_answer", "_broken", "_front", "_id", "_reply", "_sent", "_stored", "_streams", "_tokens")
-
-    def __init__(
-        self,
-        request_id: str,
-        answer: Answer,
-        *,
-        front: FrontEnd,
-        reply: Reply | None,
-        streams: bool,
-        stored: StoredResponse | None,
-    ) -> None:
-        self._id = request_id
-        self._answer = answer
-        self._front = front
-        self._reply = reply
-        self._streams = streams
-        self._stored = stored
-        self._tokens = no_tokens()
-        self._sent = 0
-        self._broken = False
-
-    def abort(self) -> None:
-        """The client has gone: the engine drops the request at once."""
-        self._front.driver.abort(self._id)
-        if self._stored is not None:
-            self._stored.cancel()
-
-    def cancel(self) -> None:
-        """A second request cancels this one: its own client gets a clean end."""
-        self.abort()
-        if self._reply is None or self._stored is None:
-            return
-        if self._streams:
-            self._reply.end()
-        else:
-            self._reply.send(encode_json(self._stored.as_json()))
-
-    def deliver(self, emission: Emission) -> None:
-        """Pass on what the engine made."""
-        reason, summary = emission.finish_reason, emission.summary
-        if not self._streams:
-            self._tokens += emission.token_ids
-            if reason is not None and summary is not None:
-                usage = Usage(summary.prompt_tokens, summary.generated_tokens, summary.cached_tokens)
-                body = self._answer.whole(decode(self._tokens), reason, usage)
-                if self._reply is not None:
-                    self._reply.send(body)
-            return
-        pieces = self._answer.opening() if emission.first else []
-        text = decode(emission.token_ids)
-        if reason is not None and summary is not None:
-            usage = Usage(summary.prompt_tokens, summary.generated_tokens, summary.cached_tokens)
-            pieces += self._answer.closing(text, reason, usage)
-        else:
-            pieces += self._answer.piece(text, None)
-        self._stream(pieces, last=reason is not None)
-
-    def _stream(self, pieces: list[bytes], *, last: bool) -> None:
-        reply, limit = self._reply, self._front.faults().reset_after_chunks
-        if reply is None or self._broken:
-            return
-        if limit is not None and self._sent + len(pieces) >= limit:
-            self._broken = True
-            reply.write(pieces[: max(0, limit - self._sent)])
-            self._front.later(RESET_DELAY_S, reply.reset)
-            return
-        self._sent += len(pieces)
-        reply.write(pieces)
-        if last:
-            reply.end()
+    data_parallel_rank: int = 0
+    kv_events: KvEvents | None = None
+    prompt_tokens_details: bool = True
+    scale_out: bool = True
 
 
 class FrontEnd:
-    """Answers the API of one engine incarnation. ``faults`` gives the switches of the moment, ``later`` is a timer."""
+    """Answers the API of one engine incarnation. ``faults`` gives the switches of the moment, ``later`` is a timer.
+
+    ``publisher``: where its KV events go, if anywhere; only told about here.
+    """
 
     def __init__(
         self,
@@ -152,18 +82,24 @@ class FrontEnd:
         driver: EngineDriver,
         faults: Callable[[], Faults],
         later: Callable[[float, Callable[[], None]], object],
+        publisher: KvPublisher | None,
     ) -> None:
         self.spec = spec
         self.driver = driver
-        self.faults = faults
-        self.later = later
+        self.publisher = publisher
+        self._faults = faults
+        self._around = Surroundings(driver=driver, faults=faults, later=later, tells_cached=spec.prompt_tokens_details)
         self._started = int(time.time())
         self._models = frozenset((spec.model, *spec.loras))
         self._boot = uuid.uuid4().hex[:16]
         self._count = 0
         self._responses = ResponseStore()
         self._frozen_page: bytes | None = None
-        self._routes: dict[tuple[str, str], Callable[[HttpRequest, Reply], None]] = {
+        self._routes = self._common_routes()
+        self._routes |= self._sglang_routes() if spec.engine == "sglang" else self._vllm_routes()
+
+    def _common_routes(self) -> dict[tuple[str, str], Route]:
+        return {
             ("POST", "/v1/chat/completions"): self._chat,
             ("POST", "/v1/completions"): self._completion,
             ("POST", "/v1/responses"): self._respond,
@@ -172,10 +108,28 @@ class FrontEnd:
             ("POST", "/tokenize"): self._tokenize,
             ("POST", "/detokenize"): self._detokenize,
             ("GET", "/v1/models"): self._list_models,
-            ("GET", "/version"): self._version,
             ("GET", "/health"): self._healthy,
             ("GET", "/ping"): self._healthy,
             ("GET", "/metrics"): self._metrics,
+        }
+
+    def _vllm_routes(self) -> dict[tuple[str, str], Route]:
+        return {
+            ("GET", "/version"): self._version,
+            ("GET", "/kv_event_sources"): self._kv_event_sources,
+            ("POST", "/reset_prefix_cache"): self._reset_prefix_cache,
+            ("POST", "/v1/chat/completions/render"): self._render_chat,
+            ("POST", "/v1/completions/render"): self._render_completion,
+        }
+
+    def _sglang_routes(self) -> dict[tuple[str, str], Route]:
+        return {
+            ("GET", "/server_info"): self._server_info,
+            ("GET", "/get_server_info"): self._server_info,
+            ("GET", "/model_info"): self._model_info,
+            ("GET", "/get_model_info"): self._model_info,
+            ("POST", "/flush_cache"): self._flush_cache,
+            ("GET", "/flush_cache"): self._flush_cache,
         }
 
     def handle(self, request: HttpRequest, reply: Reply) -> None:
@@ -264,7 +218,7 @@ class FrontEnd:
         generation = Generation(
             request_id,
             answer,
-            front=self,
+            around=self._around,
             reply=None if background else reply,
             streams=streams,
             stored=stored,
@@ -321,8 +275,24 @@ class FrontEnd:
             stored.on_cancel()
         reply.send(encode_json(stored.as_json()))
 
+    # Tokens
+
     def _tokenize(self, request: HttpRequest, reply: Reply) -> None:
-        self._answer(reply, tokenize(request.body, self.spec.profile.max_model_len))
+        length = self.spec.profile.max_model_len
+        self._answer(reply, tokenize(request.body, models=self._models, max_model_len=length))
+
+    def _render_chat(self, request: HttpRequest, reply: Reply) -> None:
+        self._render(render_chat, "chatcmpl-", request, reply)
+
+    def _render_completion(self, request: HttpRequest, reply: Reply) -> None:
+        self._render(render_completion, "cmpl-", request, reply)
+
+    def _render(self, render: Renderer, prefix: str, request: HttpRequest, reply: Reply) -> None:
+        if not self.spec.scale_out:
+            self._answer(reply, ApiError(403, "Forbidden", "This needs --enable-scale-out."))
+            return
+        name = self._public_id(prefix, request)
+        self._answer(reply, render(request.body, name, models=self._models, default_model=self.spec.model))
 
     def _detokenize(self, request: HttpRequest, reply: Reply) -> None:
         self._answer(reply, detokenize(request.body))
@@ -333,19 +303,41 @@ class FrontEnd:
         else:
             reply.send(body)
 
+    # What the engine tells, and its cache
+
     def _list_models(self, request: HttpRequest, reply: Reply) -> None:
         spec = self.spec
         length = spec.profile.max_model_len
-        reply.send(model_list(spec.model, spec.loras, max_model_len=length, created=self._started))
+        cards = model_list(spec.model, spec.loras, engine=spec.engine, max_model_len=length, created=self._started)
+        reply.send(cards)
 
     def _version(self, request: HttpRequest, reply: Reply) -> None:
-        reply.send(encode_json({"version": VERSION}))
+        reply.send(encode_json({"version": VERSIONS["vllm"]}))
+
+    def _kv_event_sources(self, request: HttpRequest, reply: Reply) -> None:
+        reply.send(kv_event_sources(self.publisher, rank=self.spec.data_parallel_rank))
+
+    def _server_info(self, request: HttpRequest, reply: Reply) -> None:
+        spec = self.spec
+        reply.send(server_info(spec.model, spec.profile, self.publisher, version=VERSIONS["sglang"]))
+
+    def _model_info(self, request: HttpRequest, reply: Reply) -> None:
+        reply.send(model_info(self.spec.model))
+
+    def _reset_prefix_cache(self, request: HttpRequest, reply: Reply) -> None:
+        # The answer is 200 even when running requests prevent it, as in vLLM.
+        self.driver.engine.reset_prefix_cache()
+        reply.send(b"")
+
+    def _flush_cache(self, request: HttpRequest, reply: Reply) -> None:
+        done = self.driver.engine.reset_prefix_cache()
+        reply.send(b"Cache flushed.\n" if done else b"Requests are running.\n", status=200 if done else 400)
 
     def _healthy(self, request: HttpRequest, reply: Reply) -> None:
         reply.send(b"")
 
     def _metrics(self, request: HttpRequest, reply: Reply) -> None:
-        faults = self.faults()
+        faults = self._faults()
         if faults.metrics == "off":
             reply.send(b'{"detail":"Not Found"}', status=404)
             return
@@ -354,10 +346,14 @@ class FrontEnd:
 
     def freeze_page(self) -> None:
         """Take the page of this moment: it is what a stale front end goes on showing."""
-        self._frozen_page = self._page(self.faults())
+        self._frozen_page = self._page(self._faults())
 
     def _page(self, faults: Faults) -> bytes:
         engine = self.driver.engine
         # A stopped engine reports nothing, and the front end then shows an idle one.
         gauges = Gauges() if faults.hang == "engine" else Gauges.of(engine)
-        return render(engine, self.driver.meter, model=self.spec.model, gauges=gauges)
+        spec, render = self.spec, _PAGES[self.spec.engine]
+        return render(engine, self.driver.meter, model=spec.model, gauges=gauges, rank=spec.data_parallel_rank)
+
+
+_PAGES: Final = {"vllm": metrics_page.render, "sglang": sglang_page.render}

@@ -1,4 +1,4 @@
-"""Chat completions, completions, embeddings, model list and tokenising: bodies in, bodies out, in vLLM's form.
+"""Chat completions, completions and embeddings: bodies in, bodies out, in vLLM's form.
 
 Decodes only the fields the simulation needs; unknown ones are ignored, as the engine does.
 """
@@ -8,14 +8,13 @@ from __future__ import annotations
 import base64
 import random
 import struct
-from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
 
 from sim.answers import ApiError, Ask, Usage, bad_request, decode_as, encode_json
 from sim.requests import FinishReason
-from sim.tokens import TOKEN_LIMIT, Tokens, as_tokens, chat_tokens, decode, encode, no_tokens
+from sim.tokens import Tokens, as_tokens, chat_tokens, encode, no_tokens
 
 EMBEDDING_SIZE: Final = 64
 _DONE: Final = b"data: [DONE]\n\n"
@@ -72,6 +71,19 @@ class ChatBody(_Common, frozen=True, kw_only=True):
 
     messages: list[Message]
     max_completion_tokens: int | None = None
+    tools: list[Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+
+    def prompt(self) -> Tokens[int]:
+        """The tokens that the chat template makes of it. Tools and template arguments change them."""
+        given = {"tools": self.tools, "chat_template_kwargs": self.chat_template_kwargs}
+        settings = {name: value for name, value in given.items() if value}
+        return chat_tokens(
+            ((message.role, message.text()) for message in self.messages),
+            settings=encode_json(settings).decode() if settings else "",
+            add_generation_prompt=self.add_generation_prompt,
+        )
 
 
 # msgspec cannot tell list[str] from list[int] in one union, so prompts are read loosely and checked by ``_prompts``.
@@ -89,35 +101,18 @@ class EmbeddingBody(msgspec.Struct, frozen=True):
     encoding_format: str | None = None
 
 
-class TokenizeBody(msgspec.Struct, frozen=True):
-    """What is read of a tokenise request: a prompt or a chat."""
-
-    model: str | None = None
-    prompt: str | None = None
-    messages: list[Message] | None = None
-
-
-class DetokenizeBody(msgspec.Struct, frozen=True):
-    """What is read of a detokenise request."""
-
-    tokens: list[int]
-    model: str | None = None
-
-
-_chat: Final = msgspec.json.Decoder(ChatBody).decode
+decode_chat: Final = msgspec.json.Decoder(ChatBody).decode
 _completion: Final = msgspec.json.Decoder(CompletionBody).decode
 _embedding: Final = msgspec.json.Decoder(EmbeddingBody).decode
-_tokenize: Final = msgspec.json.Decoder(TokenizeBody).decode
-_detokenize: Final = msgspec.json.Decoder(DetokenizeBody).decode
 
 
 def read_chat(body: bytes) -> tuple[Ask, bool] | ApiError:
     """A chat request and whether it wants usage in the stream."""
-    chat = decode_as(_chat, body)
+    chat = decode_as(decode_chat, body)
     if isinstance(chat, ApiError):
         return chat
     limit = chat.max_tokens if chat.max_completion_tokens is None else chat.max_completion_tokens
-    ask = chat.ask(chat_tokens((message.role, message.text()) for message in chat.messages), limit)
+    ask = chat.ask(chat.prompt(), limit)
     return ask if isinstance(ask, ApiError) else (ask, chat.include_usage())
 
 
@@ -139,7 +134,7 @@ def _prompts(value: str | list[Any]) -> list[Tokens[int]] | None:
     if isinstance(value, str):
         return [encode(value)]
     try:
-        if value and all(type(item) is int for item in value):
+        if set(map(type, value)) == {int}:
             return [as_tokens(value)]
         return [encode(item) if isinstance(item, str) else as_tokens(item) for item in value]
     except (OverflowError, TypeError):
@@ -296,47 +291,3 @@ def read_embedding(body: bytes) -> tuple[Ask, list[Tokens[int]], bool] | ApiErro
     for tokens in inputs:
         joined += tokens
     return Ask(tokens=joined, model=embedding.model, max_tokens=0), inputs, embedding.encoding_format == "base64"
-
-
-def tokenize(body: bytes, max_model_len: int) -> bytes | ApiError:
-    """The answer of ``/tokenize``."""
-    wanted = decode_as(_tokenize, body)
-    if isinstance(wanted, ApiError):
-        return wanted
-    if wanted.messages is not None:
-        tokens = chat_tokens((message.role, message.text()) for message in wanted.messages)
-    elif wanted.prompt is not None:
-        tokens = encode(wanted.prompt)
-    else:
-        return bad_request("prompt or messages is needed.", "prompt")
-    return encode_json(
-        {"count": len(tokens), "max_model_len": max_model_len, "tokens": tokens.tolist(), "token_strs": None}
-    )
-
-
-def detokenize(body: bytes) -> bytes | ApiError:
-    """The answer of ``/detokenize``."""
-    wanted = decode_as(_detokenize, body)
-    if isinstance(wanted, ApiError):
-        return wanted
-    if any(not 0 <= token < TOKEN_LIMIT for token in wanted.tokens):
-        return bad_request("token ids must be in the vocabulary.", "tokens")
-    return encode_json({"prompt": decode(as_tokens(wanted.tokens))})
-
-
-def model_list(base: str, loras: Sequence[str], *, max_model_len: int, created: int) -> bytes:
-    """The answer of ``/v1/models``: the base model, then one entry per adapter with the base as its parent."""
-
-    def card(name: str, parent: str | None) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": created,
-            "owned_by": "vllm",
-            "root": name if parent is None else f"/adapters/{name}",
-            "parent": parent,
-            "max_model_len": max_model_len if parent is None else None,
-            "permission": [],
-        }
-
-    return encode_json({"object": "list", "data": [card(base, None), *(card(name, base) for name in loras)]})

@@ -25,8 +25,9 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Callable, Collection
 
-from sim.prefix import BlockPool
+from sim.prefix import BlockPool, CacheChange
 from sim.profiles import Profile
 from sim.requests import Emission, FinishReason, Refused, Request, Summary
 from sim.sequence import Sequence
@@ -39,6 +40,8 @@ class Engine:
     ``waiting_loras`` and the counters below. ``slowdown`` may be changed at any time and acts from the next step on.
 
     ``seed`` decides the answers, ``noise_seed`` the jitter of step times: replicas share the first, not the second.
+    ``on_cache_changes`` is told at the end of every step what that step did to the prefix cache, before the emissions
+    are returned; it needs prompts given as token ids. ``block_copies``: see ``BlockPool``.
     """
 
     def __init__(
@@ -49,13 +52,16 @@ class Engine:
         noise_seed: int = 0,
         max_num_queued_reqs: int | None = None,
         max_loras: int = 8,
+        block_copies: bool = True,
+        on_cache_changes: Callable[[list[CacheChange]], None] | None = None,
     ) -> None:
         self.profile = profile
         self.seed = seed
         self.max_num_queued_reqs = max_num_queued_reqs
         self.max_loras = max_loras
         self.slowdown = 1.0
-        self.pool = BlockPool(profile.kv_blocks)
+        self.pool = BlockPool(profile.kv_blocks, copies=block_copies, record=on_cache_changes is not None)
+        self._on_cache_changes = on_cache_changes
         #: Counters, in tokens or requests, since the engine was made.
         self.prompt_tokens_total = 0
         self.generation_tokens_total = 0
@@ -106,7 +112,12 @@ class Engine:
         return sorted({seq.request.lora for seq in self._waiting if seq.request.lora})
 
     def submit(self, request: Request, now: float) -> Refused | None:
-        """Queue a request, or say why not. ``max_num_queued_reqs`` limits running and waiting together, as vLLM's."""
+        """Queue a request, or say why not. ``max_num_queued_reqs`` limits running and waiting together, as vLLM's.
+
+        Raises ValueError for a prompt of block hashes when cache changes are told: they could not name the tokens.
+        """
+        if request.token_ids is None and self.pool.record:
+            raise ValueError("an engine that tells its cache changes needs token ids")
         if request.id in self._live:
             return Refused("duplicate", f"request id {request.id} is in use")
         limit = self.max_num_queued_reqs
@@ -150,6 +161,7 @@ class Engine:
     def step(self, now: float) -> list[Emission]:
         """End the step in progress, return what it produced, begin the next one. ``now`` is not before it is due."""
         emissions = self._finish_step(now)
+        self._tell_changes()
         self._plan = self._schedule(now)
         if self._plan:
             self.steps_total += 1
@@ -158,6 +170,19 @@ class Engine:
             self._ends_at = None
             self._wake_at = now
         return emissions
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached content and tell it at once. False, and nothing happens, while any block is held."""
+        if self.pool.in_use:
+            return False
+        self.pool.clear()
+        self._tell_changes()
+        return True
+
+    def _tell_changes(self) -> None:
+        if self.pool.changes and self._on_cache_changes is not None:
+            changes, self.pool.changes = self.pool.changes, []
+            self._on_cache_changes(changes)
 
     def _schedule(self, now: float) -> list[Sequence]:
         budget = self.profile.max_num_batched_tokens
@@ -202,29 +227,32 @@ class Engine:
             if not seq.admitted:
                 seq.admitted = True
                 seq.admitted_at = now
-                seq.cached = hits * self.profile.block_size
+                seq.cached = len(hits) * self.profile.block_size
                 self.prefix_queries_total += seq.prompt_tokens
                 self.prefix_hits_total += seq.cached
         self._deferred = len(deferred)
         self._waiting.extendleft(reversed(deferred))
 
-    def _reserve(self, seq: Sequence, budget: int, *, hits: int = 0) -> bool:
-        """Plan the next chunk of ``seq`` and hold the blocks for it, or change nothing and return False."""
+    def _reserve(self, seq: Sequence, budget: int, *, hits: Collection[int] = ()) -> bool:
+        """Plan the next chunk of ``seq`` and hold the blocks for it, or change nothing and return False.
+
+        ``hits``: cached blocks that a sequence without any block begins with.
+        """
         size = self.profile.block_size
-        computed = seq.computed + hits * size
+        computed = seq.computed + len(hits) * size
         planned = min(seq.known - computed, budget)
         burst = 0
         if planned == seq.known - computed:
             burst = min(self.profile.tokens_per_step, seq.limit - seq.generated)
         blocks = -(-(computed + planned + max(0, burst - 1)) // size)
-        fresh = max(0, blocks - len(seq.held) - hits)
-        if (fresh or hits) and not self.pool.take(seq.keys[:hits], fresh=fresh):
-            return False
-        if hits:
-            seq.held = list(seq.keys[:hits])
-            seq.published = hits
-        if fresh:
-            seq.held.extend([None] * fresh)
+        fresh = max(0, blocks - len(seq.blocks) - len(hits))
+        if fresh or hits:
+            taken = self.pool.take(hits, fresh=fresh)
+            if taken is None:
+                return False
+            seq.blocks += hits
+            seq.blocks += taken
+            seq.published += len(hits)
         seq.computed = computed
         seq.planned = planned
         seq.burst = burst
@@ -233,17 +261,26 @@ class Engine:
         return True
 
     def _publish(self, seq: Sequence, tokens: int) -> None:
-        full = min(tokens // self.profile.block_size, len(seq.keys))
-        while seq.published < full:
-            index = seq.published
-            if self.pool.publish(seq.keys[index]):
-                seq.held[index] = seq.keys[index]
-            seq.published = index + 1
+        size = self.profile.block_size
+        full = min(tokens // size, len(seq.keys))
+        start = seq.published
+        for index in range(start, full):
+            block = self.pool.publish(seq.blocks[index], seq.keys[index])
+            if block != seq.blocks[index]:
+                seq.blocks[index] = block
+                self._record(seq, start, index)
+                start = index + 1
+        seq.published = max(seq.published, full)
+        self._record(seq, start, full)
+
+    def _record(self, seq: Sequence, start: int, stop: int) -> None:
+        if self.pool.record and start < stop:
+            self.pool.changes.append(seq.stored(start, stop, self.profile.block_size))
 
     def _free(self, seq: Sequence) -> None:
         # The end of a prompt goes first: its beginning is what other prompts share.
-        self.pool.release(reversed(seq.held))
-        seq.held = []
+        self.pool.release(reversed(seq.blocks))
+        seq.blocks = []
         seq.published = 0
 
     def _preempt(self, seq: Sequence) -> None:
@@ -332,7 +369,7 @@ class Engine:
             at_s=now,
             since_last_s=now - seq.last_at,
             count=seq.generated - seq.emitted,
-            token_ids=seq.output[seq.emitted :],
+            token_ids=seq.tokens[len(seq.tokens) - (seq.generated - seq.emitted) :],
             first=first,
             finish_reason=seq.finish_reason if done else None,
             summary=summary,

@@ -104,7 +104,7 @@ class StoredResponse:
             shown["output"] = [self.item(text, "completed")]
             shown["usage"] = {
                 "input_tokens": usage.prompt,
-                "input_tokens_details": {"cached_tokens": usage.cached},
+                "input_tokens_details": {"cached_tokens": usage.cached or 0},
                 "output_tokens": usage.completion,
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": usage.prompt + usage.completion,

@@ -6,31 +6,28 @@ Owned and changed by ``sim.physics.Engine`` only. Pure: no clock, and its words 
 from __future__ import annotations
 
 from typing import Final
+from zlib import crc32
 
-from sim.prefix import block_key, chain_keys
+from sim.prefix import Stored, chain_keys, root_key
 from sim.profiles import Profile
 from sim.requests import FinishReason, Request
 from sim.tokens import as_tokens, no_tokens, said
 
-_KEY_RANGE: Final = (1 << 63) - 1
 _SPEECH_RANGE: Final = (1 << 48) - 1
-
-
-def _text_key(text: str) -> int:
-    """A key of a short text that is equal in every process (``hash`` of a str is not)."""
-    return int.from_bytes(text.encode(), "big") % _KEY_RANGE
 
 
 class Sequence:
     """The state of one request.
 
     ``known`` tokens exist (prompt and generated), ``computed`` of them have their KV; decoding means that all but the
-    last are computed. ``held`` lists the blocks in order: a content key, or None for a private block.
+    last are computed. ``blocks`` lists the held blocks in order; the first ``published`` of them are in the prefix
+    cache under ``keys``. ``tokens`` has prompt and answer, or nothing when the prompt came as block hashes.
     """
 
     __slots__ = (
         "admitted",
         "admitted_at",
+        "blocks",
         "burst",
         "cached",
         "computed",
@@ -38,13 +35,11 @@ class Sequence:
         "finish_reason",
         "first_at",
         "generated",
-        "held",
         "keys",
         "known",
         "last_at",
         "limit",
         "live",
-        "output",
         "planned",
         "preemptions",
         "prompt_tokens",
@@ -53,22 +48,21 @@ class Sequence:
         "root",
         "speech_at",
         "started",
-        "tail",
+        "tokens",
     )
 
     def __init__(self, request: Request, *, profile: Profile, seed: int) -> None:
         size = profile.block_size
         self.request = request
         self.known = self.prompt_tokens = request.prompt_length
-        self.root = hash((_text_key(request.lora or ""), _text_key(request.cache_salt or "")))
-        self.tail = self.output = no_tokens()
+        self.root = root_key(request.lora, request.cache_salt)
         if request.token_ids is not None:
-            tokens = as_tokens(request.token_ids)
-            self.keys = chain_keys(tokens, block_size=size, root=self.root)
-            self.tail = tokens[len(self.keys) * size :]
-            self.output = no_tokens()
-            content = (*self.keys[-1:], block_key(self.root, self.tail.tobytes()))
+            # A copy: the answer is appended to it.
+            self.tokens = as_tokens(request.token_ids)[:]
+            self.keys = chain_keys(self.tokens, block_size=size, parent=self.root)
+            content = (*self.keys[-1:], crc32(self.tokens[len(self.keys) * size :]))
         else:
+            self.tokens = no_tokens()
             full = min(len(request.block_hashes), self.known // size)
             self.keys = [hash((self.root, block)) for block in request.block_hashes[:full]]
             content = (self.known, *self.keys[-1:])
@@ -80,7 +74,7 @@ class Sequence:
         self.finish_reason: FinishReason = "stop" if stops or request.max_tokens == 0 else "length"
         self.computed = self.generated = self.emitted = self.cached = 0
         self.planned = self.burst = self.published = self.preemptions = 0
-        self.held: list[int | None] = []
+        self.blocks: list[int] = []
         self.live = True
         self.admitted = self.started = False
         self.admitted_at = self.first_at = request.arrived_at_s
@@ -97,11 +91,18 @@ class Sequence:
         self.known += count
         if self.request.token_ids is None:
             return
-        words = said(self.speech_at, count)
+        self.tokens += said(self.speech_at, count)
         self.speech_at += count
-        self.output += words
-        self.tail += words
-        while len(self.tail) >= block_size:
+        if len(self.tokens) // block_size > len(self.keys):
             parent = self.keys[-1] if self.keys else self.root
-            self.keys.append(block_key(parent, self.tail[:block_size].tobytes()))
-            del self.tail[:block_size]
+            self.keys += chain_keys(self.tokens[len(self.keys) * block_size :], block_size=block_size, parent=parent)
+
+    def stored(self, start: int, stop: int, block_size: int) -> Stored:
+        """What the prefix cache gained when blocks ``start`` to ``stop`` of this sequence were published."""
+        return Stored(
+            keys=self.keys[start:stop],
+            parent=self.keys[start - 1] if start else None,
+            tokens=self.tokens[start * block_size : stop * block_size],
+            lora=self.request.lora,
+            cache_salt=self.request.cache_salt,
+        )

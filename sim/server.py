@@ -18,7 +18,9 @@ from sim.driver import EngineDriver
 from sim.faults import Faults, command_from
 from sim.frontend import EngineSpec, FrontEnd
 from sim.http1 import Connection, HttpRequest, Reply
-from sim.metrics_page import Meter
+from sim.kv_encoding import KvEncoder
+from sim.kv_events import KvPublisher
+from sim.meter import Meter
 from sim.physics import Engine
 from sim.recorder import Recorder
 
@@ -28,7 +30,9 @@ RECORDED_PROBES: Final = 32
 RESTART_DELAY_S: Final = 0.02
 BIND_RETRY_S: Final = 0.01
 BIND_ATTEMPTS: Final = 500
-_PROBES: Final = frozenset({"/metrics", "/health", "/ping", "/version", "/v1/models"})
+_PROBES: Final = frozenset(
+    {"/metrics", "/health", "/ping", "/version", "/v1/models", "/kv_event_sources", "/server_info", "/get_server_info"}
+)
 
 
 class EngineServer:
@@ -48,6 +52,18 @@ class EngineServer:
         self._listener: asyncio.Server | None = None
         self._restarting: asyncio.Task[None] | None = None
         self._front: FrontEnd | None = None
+        # With the real ports once it has published: a restart comes back where it was.
+        self._kv_events = spec.kv_events
+
+    @property
+    def engine(self) -> Engine | None:
+        """The engine of this incarnation, for tests that compare with the truth; None while it is down."""
+        return None if self._front is None else self._front.driver.engine
+
+    @property
+    def publisher(self) -> KvPublisher | None:
+        """The publisher of KV events of this incarnation; None while it is down and when it has none."""
+        return None if self._front is None else self._front.publisher
 
     @property
     def url(self) -> str:
@@ -124,6 +140,8 @@ class EngineServer:
                 self._requests.forget()
                 self._probes.forget()
             self._switch(command.faults)
+            if command.drop_kv_batches and self.publisher is not None:
+                self.publisher.drop(command.drop_kv_batches)
             if command.restart_after_s is not None and self._restarting is None:
                 self._restarting = asyncio.get_running_loop().create_task(self._restart(command.restart_after_s))
         elif request.method != "GET":
@@ -161,6 +179,8 @@ class EngineServer:
                 "steps": engine.steps_total,
                 "generation_tokens": engine.generation_tokens_total,
             }
+        if self.publisher is not None:
+            state["kv_next_seq"] = self.publisher.next_seq
         state |= {"connections": len(self.connections), "received": self._requests.total}
         if with_requests:
             state |= {"requests": self._requests.as_json(), "probes": self._probes.as_json()}
@@ -183,25 +203,58 @@ class EngineServer:
 
     async def _listen(self, sock: socket.socket) -> None:
         spec, loop = self.spec, asyncio.get_running_loop()
+        try:
+            publisher = self._publisher(loop)
+        except OSError:
+            sock.close()
+            raise
         engine = Engine(
             spec.profile,
             seed=spec.seed,
             noise_seed=spec.index,
             max_num_queued_reqs=spec.max_num_queued_reqs,
             max_loras=spec.max_loras,
+            block_copies=spec.engine == "vllm",
+            on_cache_changes=None if publisher is None else publisher.publish,
         )
         meter = Meter(started_at_s=time.time(), max_loras=spec.max_loras if spec.loras else None)
         meter.note_loras(engine, time.time())
         driver = EngineDriver(engine, loop=loop, meter=meter)
-        self._front = FrontEnd(spec, driver=driver, faults=lambda: self._faults, later=loop.call_later)
+        self._front = FrontEnd(
+            spec, driver=driver, faults=lambda: self._faults, later=loop.call_later, publisher=publisher
+        )
         self._listener = await loop.create_server(
             lambda: Connection(self), sock=sock, backlog=BACKLOG, ssl=self.spec.tls
         )
+
+    def _publisher(self, loop: asyncio.AbstractEventLoop) -> KvPublisher | None:
+        spec, settings = self.spec, self._kv_events
+        if settings is None:
+            return None
+        encoder = KvEncoder(
+            spec.engine,
+            settings.encoding,
+            block_size=spec.profile.block_size,
+            rank=spec.data_parallel_rank,
+            lora_ids={name: number for number, name in enumerate(spec.loras, 1)},
+        )
+        publisher = KvPublisher(
+            settings,
+            encoder=encoder,
+            host=self.host,
+            topic=f"kv@{self.host}:{self.port}@{spec.model}",
+            loop=loop,
+            answers=lambda: self._faults.kv_replay == "on" and self._faults.hang != "all",
+        )
+        self._kv_events = publisher.settings
+        return publisher
 
     def _die(self) -> None:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
+        if self.publisher is not None:
+            self.publisher.close()
         if self._front is not None:
             self._front.driver.close()
             self._front = None

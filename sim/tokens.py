@@ -1,8 +1,9 @@
-"""A toy tokeniser and the words that simulated models say.
+"""A toy tokeniser, a toy chat template and the words that simulated models say.
 
-Four UTF-8 bytes are one token, so encoding costs almost nothing, is reversible, and a longer text keeps the tokens of
-the text it extends. Generated words are four bytes long too: a client that sends an answer back in the next turn gets
-the same token ids again, so the prefix cache behaves as with a real chat.
+Four UTF-8 bytes are one token (its id is their value in memory order, the last one padded with zero bytes), so
+encoding costs almost nothing, is reversible, and a longer text keeps the tokens of the text it extends. Generated
+words are four bytes long too: a client that sends an answer back in the next turn gets the same token ids again, so
+the prefix cache behaves as with a real chat. Every part of a chat is encoded by itself, see ``chat_tokens``.
 """
 
 from __future__ import annotations
@@ -53,13 +54,22 @@ def _role_marker(role: str) -> Tokens[int]:
     return encode(f"\x01{role}\x02")
 
 
-def chat_tokens(messages: Iterable[tuple[str, str]]) -> Tokens[int]:
-    """The prompt of a chat: every (role, text) behind a marker, then the marker of the assistant's answer."""
+def chat_tokens(
+    messages: Iterable[tuple[str, str]], *, settings: str = "", add_generation_prompt: bool = True
+) -> Tokens[int]:
+    """The prompt of a chat: every (role, text) behind a marker, then the marker of the assistant's answer.
+
+    ``settings``: what else the template is given (tools, its arguments), rendered before the messages.
+    """
     tokens = no_tokens()
+    if settings:
+        tokens += _role_marker("settings")
+        tokens += encode(settings)
     for role, text in messages:
         tokens += _role_marker(role)
         tokens += encode(text)
-    tokens += _role_marker("assistant")
+    if add_generation_prompt:
+        tokens += _role_marker("assistant")
     return tokens
 
 

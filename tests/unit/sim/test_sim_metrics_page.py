@@ -8,7 +8,10 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from sim.metrics_page import MAX_LORA_SERIES, Gauges, Histogram, Meter, label_set, number, render
+from sim import sglang_page
+from sim.exposition import Histogram, label_set, number
+from sim.meter import MAX_LORA_SERIES, Gauges, Meter
+from sim.metrics_page import render
 from sim.physics import Engine
 from sim.profiles import profile_for
 from sim.requests import Request
@@ -156,3 +159,42 @@ def test_histogram_bounds_are_inclusive() -> None:
         histogram.observe(value)
     assert histogram.counts == [2, 2, 1]
     assert histogram.total == 14.0
+
+
+def test_data_parallel_rank_is_the_engine_label() -> None:
+    engine, meter = Engine(profile_for("tiny", "H100")), Meter(started_at_s=0.0)
+    text = render(engine, meter, model="m", gauges=Gauges(), rank=3).decode()
+    assert 'vllm:num_requests_running{engine="3",model_name="m"} 0.0' in text
+    assert 'engine="0"' not in text
+
+
+def test_sglang_page_has_its_names_labels_and_numbers() -> None:
+    engine, meter = Engine(profile_for("tiny", "H100")), Meter(started_at_s=1.0)
+    for index in range(2):
+        engine.submit(Request(id=str(index), arrived_at_s=0.0, max_tokens=5, token_ids=list(range(200))), 0.0)
+        while (due := engine.next_step_at()) is not None:
+            for emission in engine.step(due):
+                meter.observe(emission)
+    engine.submit(Request(id="runs", arrived_at_s=0.0, max_tokens=5, token_ids=list(range(200))), 0.0)
+    engine.step(0.0)
+    found = families(sglang_page.render(engine, meter, model="m", gauges=Gauges.of(engine), rank=1).decode())
+    assert all(name.startswith("sglang:") for name in found)
+    samples = {sample.name: sample for family in found.values() for sample in family.samples}
+    base = {"model_name", "engine_type", "tp_rank", "pp_rank", "moe_ep_rank", "dp_rank"}
+    assert set(samples["sglang:num_running_reqs"].labels) == base
+    expected = {
+        "num_running_reqs": 1,
+        "num_queue_reqs": 0,
+        "token_usage": 13 / 25_000,
+        "page_size": 16,
+        "num_pages": 25_000,
+        "max_total_num_tokens": 400_000,
+        "prompt_tokens_total": 400,
+        "generation_tokens_total": 10,
+        "cached_tokens_total": 2 * 192,
+        "num_requests_total": 2,
+        "time_to_first_token_seconds_count": 2,
+    }
+    assert {name: samples[f"sglang:{name}"].value for name in expected} == expected
+    modes = {sample.labels["mode"]: sample.value for sample in found["sglang:realtime_tokens"].samples}
+    assert modes == {"prefill_compute": 400 - 384, "prefill_cache": 384, "decode": 10}

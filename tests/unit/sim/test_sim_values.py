@@ -1,4 +1,4 @@
-"""Block pool, toy tokeniser, fault switches and the recorder."""
+"""Toy tokeniser, fault switches and the recorder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from sim.faults import Command, Faults, command_from
 from sim.http1 import HttpRequest
-from sim.prefix import BlockPool, chain_keys
 from sim.recorder import MAX_RECORDED_BYTES, Recorder
 from sim.tokens import SPEECH_TOKENS, WORDS, as_tokens, chat_tokens, decode, encode, said
 
@@ -46,36 +45,6 @@ def test_tokens_are_unsigned_32_bit(wrong: list[Any]) -> None:
         as_tokens(wrong)
 
 
-def test_chain_keys_cover_everything_before() -> None:
-    def keys(*token_ids: int, root: int = 0) -> list[int]:
-        return chain_keys(as_tokens(token_ids), block_size=2, root=root)
-
-    one = keys(1, 2, 3, 4, 5)
-    assert len(one) == 2
-    assert not set(one) & set(keys(9, 2, 3, 4, 5))
-    assert keys(1, 2, 3) == one[:1]
-    assert keys(1, 2, root=1) != one[:1]
-
-
-def test_chain_keys_are_equal_in_every_process() -> None:
-    assert chain_keys(as_tokens(range(16)), block_size=16, root=1) == [3999204434199971250]
-
-
-def test_pool_takes_all_or_nothing() -> None:
-    pool = BlockPool(4)
-    assert pool.take([], fresh=3)
-    assert not pool.take([], fresh=2)
-    assert pool.in_use == 3
-    assert pool.publish(7)
-    assert not pool.publish(7), "a second copy stays private"
-    assert pool.match([7, 8], limit=2) == 1
-    pool.release([None, None, 7])
-    assert (pool.in_use, pool.idle) == (0, 1)
-    assert pool.take([7], fresh=3)
-    assert pool.take([7], fresh=0), "shared"
-    assert (pool.in_use, pool.idle, pool.usage) == (4, 0, 1.0)
-
-
 def test_fault_switches_patch_and_reset() -> None:
     broken = command_from(b'{"slow": 3, "hang": "engine", "error_rate": {"500": 0.5}}', Faults())
     assert broken == Command(faults=Faults(slow=3.0, hang="engine", error_rate={"500": 0.5}))
@@ -84,6 +53,8 @@ def test_fault_switches_patch_and_reset() -> None:
     assert mended == Command(faults=Faults(slow=3.0, error_rate={"500": 0.5}), restart_after_s=2.5, forget=True)
     assert command_from(b'{"reset": true}', broken.faults) == Command(faults=Faults())
     assert command_from(b'{"reset": true, "slow": 2}', broken.faults) == Command(faults=Faults(slow=2.0))
+    dropping = command_from(b'{"kv_replay": "off", "drop_kv_batches": 2}', Faults())
+    assert dropping == Command(faults=Faults(kv_replay="off"), drop_kv_batches=2)
     assert command_from(b"", broken.faults) == Command(faults=broken.faults)
 
 
@@ -103,6 +74,9 @@ def test_fault_switches_patch_and_reset() -> None:
         b'{"reset_after_chunks": -1}',
         b'{"restart": -1}',
         b'{"restart": "now"}',
+        b'{"kv_replay": "maybe"}',
+        b'{"drop_kv_batches": -1}',
+        b'{"drop_kv_batches": 1.5}',
     ],
 )
 def test_wrong_switches_are_refused(body: bytes) -> None:
