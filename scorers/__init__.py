@@ -15,6 +15,8 @@ from scorers.in_flight_requests import InFlightRequests
 from scorers.in_flight_tokens import InFlightTokens
 from scorers.kv_usage import KvUsage
 from scorers.lora_affinity import LoraAffinity
+from scorers.no_hit_lru import NoHitLru
+from scorers.prefix_cache import PrefixCache
 from scorers.queue_depth import QueueDepth
 from scorers.running_requests import RunningRequests
 from scorers.session_affinity import SessionAffinity
@@ -26,6 +28,8 @@ BUILTIN: Mapping[str, Callable[..., Scorer]] = {
     "in-flight-requests": InFlightRequests,
     "in-flight-tokens": InFlightTokens,
     "lora-affinity": LoraAffinity,
+    "prefix-cache": PrefixCache,
+    "no-hit-lru": NoHitLru,
     "session-affinity": SessionAffinity,
 }
 

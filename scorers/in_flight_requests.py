@@ -23,4 +23,4 @@ class InFlightRequests(msgspec.Struct, frozen=True):
     def score(self, request: InferenceRequest, states: Sequence[EndpointState]) -> Sequence[float | None]:
         """1 with nothing in flight, falling towards 0. There is always data."""
         scale = self.scale
-        return [scale / (scale + state.in_flight) for state in states]
+        return [scale / (scale + state.all_in_flight) for state in states]

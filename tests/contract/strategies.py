@@ -6,6 +6,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 
+from picker.core.prefix.prompt import Match, PromptKeys
 from picker.core.values import Endpoint, EndpointState, InferenceRequest, Lora, Role, Signals, Standing
 
 NAMES = st.sampled_from(["m", "adapter", "", "\ud800", "\x00", "a" * 5000, "ü🦊", "10.0.0.1", "[::1]:80", "pod-1", " "])
@@ -57,6 +58,14 @@ def _state(name: str) -> st.SearchStrategy[EndpointState]:
     return st.builds(EndpointState, **fields)
 
 
+KEYS = st.builds(
+    PromptKeys,
+    exact=st.dictionaries(st.integers(1, 64), st.lists(st.integers(0, 2**64 - 1), max_size=4), max_size=2),
+    learned=st.lists(st.integers(0, 2**64 - 1), max_size=4),
+    tokens=st.integers(-1, 10**15),
+)
+
+
 def requests() -> st.SearchStrategy[InferenceRequest]:
     """What a door may hand over when its client is hostile."""
     return st.builds(
@@ -79,4 +88,6 @@ def requests() -> st.SearchStrategy[InferenceRequest]:
         tried=SETS,
         strict_model=st.booleans(),
         sees_body=st.booleans(),
+        keys=st.none() | KEYS,
+        matches=st.dictionaries(NAMES, st.builds(Match, st.integers(0, 10**15), st.integers(0, 10**15), st.booleans())),
     )

@@ -40,7 +40,7 @@ BETTER_FIRST: dict[str, list[EndpointState]] = {
     ],
 }
 # Chosen by identity, not by load: there is no better and worse row.
-NO_ORDER = {"session-affinity"}
+NO_ORDER = {"no-hit-lru", "prefix-cache", "session-affinity"}
 
 
 def scores(made: Scorer, asked: InferenceRequest, rows: Sequence[EndpointState]) -> list[float | None]:

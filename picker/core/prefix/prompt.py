@@ -20,6 +20,11 @@ class PromptKeys(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int = 0
     chunk_tokens: float = 0.0
 
+    @property
+    def known(self) -> bool:
+        """Whether there is any key: a prompt shorter than a block has none, and nothing of it is ever cached."""
+        return bool(self.learned) or any(self.exact.values())
+
 
 class Match(msgspec.Struct, frozen=True):
     """How much of a prompt one endpoint holds, in tokens from the beginning, all tiers together; `slow` of them in the
