@@ -1,0 +1,1 @@
+"""Reading prompts: canonical text, templates, tokenizers, engines, and the facade over them."""
