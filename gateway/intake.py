@@ -21,7 +21,7 @@ from picker.openai import errors
 from picker.openai.edit import EditError
 from picker.openai.errors import ApiError
 from picker.openai.fleet import OBJECTIVE_HEADERS, POOL_HEADER, safe_request_id
-from picker.openai.parse import BadRequest, parse_body
+from picker.openai.parse import BadRequest, ParsedBody, parse_body
 from picker.openai.rewrite import rewrite_model, strip_fleet_fields
 from picker.openai.routes import PASSTHROUGH_ROUTE, Dialect, Route, RouteKind, allowed, target_path
 
@@ -58,7 +58,7 @@ class BodyLimits(msgspec.Struct, frozen=True):
 
 
 class Intake(msgspec.Struct):
-    """One accepted request: what the scheduler sees and what the engine gets.
+    """One accepted request: what the scheduler sees, what the engine gets, and what was read of it.
 
     `rename` is the name the engine knows and the one the client used; `stored_id` the response it builds upon.
     """
@@ -67,6 +67,7 @@ class Intake(msgspec.Struct):
     route: Route
     body: bytes
     target: str
+    parsed: ParsedBody | None = None
     rename: tuple[str, str] | None = None
     stored_id: str | None = None
 
@@ -227,7 +228,7 @@ def understand(
         priority=director.priority(objective, parsed.model, pool),
         strict_model=True,
     )
-    return Intake(request, route, body, target, rename, route.resource_id or parsed.previous_response_id)
+    return Intake(request, route, body, target, parsed, rename, route.resource_id or parsed.previous_response_id)
 
 
 def dialect_of(raw_path: bytes) -> Dialect:

@@ -43,6 +43,7 @@ from picker.director import Answer, Director, Failure, Guard
 from picker.openai import errors
 from picker.openai.errors import ApiError
 from picker.openai.routes import RouteKind, target_path
+from picker.prompts import Prompts
 from picker.telemetry.logs import Log
 from picker.telemetry.metrics import Metrics
 from picker.telemetry.requests import record_request
@@ -132,7 +133,9 @@ class Relay:
         homes: ResponseHomes,
         metrics: Metrics,
         log: Log,
+        prompts: Prompts | None = None,
     ) -> None:
+        self._prompts = prompts
         self._director = director
         self._upstream = upstream
         self._settings = settings
@@ -231,6 +234,10 @@ class Relay:
         if isinstance(intake, ApiError):
             return intake
         exchange.model, exchange.stream = intake.request.model, intake.request.stream
+        if self._prompts is not None and intake.parsed is not None:
+            intake.request = await self._prompts.keyed(intake.request, intake.body, intake.parsed)
+        # It points into the body as it came, which may be another one than the engine gets.
+        intake.parsed = None
         return self._pin(intake) if is_stateful(route.kind) else intake
 
     def _pin(self, intake: Intake) -> Intake | ApiError:
@@ -395,7 +402,8 @@ class Relay:
         """The one end of every request: books, metrics, log line."""
         now = self._director.clock()
         status = exchange.status
-        self._director.observe(Finished(key=exchange.key, at=now, outcome=exchange.outcome, status=status))
+        ended = Finished(key=exchange.key, at=now, outcome=exchange.outcome, status=status, usage=exchange.usage)
+        self._director.observe(ended)
         decision, first_byte_at = exchange.decision, exchange.first_byte_at
         record = RequestRecord(
             id=exchange.ident,

@@ -116,6 +116,7 @@ def gateway_server(runtime: Runtime, sock: socket.socket) -> tuple[HttpServer, R
         homes=ResponseHomes(limit=limits.response_ids, ttl_s=limits.response_id_ttl),
         metrics=runtime.metrics,
         log=runtime.log,
+        prompts=runtime.prompts,
     )
     headers = HeaderLimits(
         count=limits.header_count, size_bytes=limits.headers, timeout_s=config.timeouts.request_headers
@@ -147,6 +148,7 @@ def admin_server(runtime: Runtime, sock: socket.socket) -> HttpServer:
         version=runtime.version,
         registered=runtime.registered,
         credentials=frozenset(runtime.config.credentials),
+        details=runtime.details,
     )
     config = uvicorn.Config(
         app, ws="none", lifespan="off", access_log=False, log_config=None, server_header=False, proxy_headers=False
@@ -211,6 +213,7 @@ async def _picker(config: Config) -> int:
         _extproc_settings(config),
         clock=runtime.director.clock,
         ready=runtime.ready,
+        prompts=runtime.prompts,
         authorization=runtime.upstream.authorization,
         on_report=lambda record: record_request(record, runtime.metrics, runtime.log),
     )

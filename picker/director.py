@@ -11,7 +11,7 @@ import asyncio
 import itertools
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -27,12 +27,14 @@ from picker.core.events import (
     Progress,
     Served,
     Stalled,
+    Usage,
 )
-from picker.core.ledger import Eviction
+from picker.core.ledger import Eviction, Flight
 from picker.core.plugins import Rng
+from picker.core.prefix.prompt import PromptKeys
 from picker.core.rules import Rulebook
 from picker.core.scheduler import Scheduler
-from picker.core.values import Decision, InferenceRequest, Rejection, RejectionCode, Snapshot
+from picker.core.values import Decision, Endpoint, InferenceRequest, Rejection, RejectionCode, Snapshot
 from picker.telemetry.logs import Log
 from picker.telemetry.metrics import Metrics
 
@@ -128,6 +130,9 @@ class Director:
         self.clock = clock
         self.draining = False
         self.rules = Rulebook()
+        self.prefixes = datastore.prefixes
+        self.on_routed: Callable[[Endpoint, PromptKeys], None] | None = None
+        """Told of every prompt that was sent somewhere, for other replicas."""
         self.decisions: deque[Decision | Rejection] = deque(maxlen=DECISIONS_MAX)
         self._rng = rng
         self._metrics = metrics
@@ -188,9 +193,15 @@ class Director:
     def decide(self, request: InferenceRequest) -> Decision | Rejection:
         """Chooses an endpoint and reserves it. No await may ever get in here."""
         now = self.clock()
+        if request.keys is not None:
+            request = msgspec.structs.replace(request, matches=self.prefixes.lookup(request.keys))
         verdict = self.scheduler.schedule(request, self.datastore.snapshot(now), now, self._rng)
         if isinstance(verdict, Decision):
             self.datastore.reserve(request, verdict.endpoint.id, now)
+            if request.keys is not None:
+                self.prefixes.routed(verdict.endpoint.id, request.keys, now)
+                if self.on_routed is not None:
+                    self.on_routed(verdict.endpoint, request.keys)
             self._metrics.chosen(verdict.endpoint.id)
         else:
             self._metrics.rejections.labels(verdict.code.value).inc()
@@ -213,7 +224,9 @@ class Director:
                     self.datastore.failed(event.key, FailureKind.RESET, event.at)
                 else:
                     worked = event.outcome is Outcome.COMPLETED and 200 <= event.status < 400
-                    self.datastore.ended(event.key, event.at, worked=worked)
+                    flight = self.datastore.ended(event.key, event.at, worked=worked)
+                    if worked and flight is not None and event.usage is not None:
+                        self._learn_prefix(flight, event.usage, event.at)
             case AttemptFailed(key, at, kind):
                 flight = self.datastore.failed(key, kind, at)
                 # An endpoint that is gone must not get a series again: nobody would remove it.
@@ -227,6 +240,11 @@ class Director:
             case Served(key, at, address):
                 self.datastore.served_by(key, address, at)
 
+    def _learn_prefix(self, flight: Flight, usage: Usage, at: float) -> None:
+        keys = flight.request.keys
+        if keys is not None and usage.prompt_tokens:
+            self.prefixes.observed(flight.endpoint_id, keys, usage.prompt_tokens, usage.cached_tokens, at)
+
     def watch(self, key: int, on_evict: Callable[[Eviction], None]) -> None:
         """Has `on_evict` called when the brain gives the request up; ends with Finished, Left or `unwatch`."""
         self._watchers[key] = on_evict
@@ -238,6 +256,7 @@ class Director:
     def tick(self) -> tuple[StandingChange, ...]:
         """Ages everything; to be called every 100 ms. Gives up overdue requests and those on hung endpoints."""
         now = self.clock()
+        self.prefixes.tick(now)
         ticked = self.datastore.tick(now)
         for key, why in ticked.evictions:
             self._metrics.evictions.labels(why.value).inc()
@@ -317,13 +336,18 @@ class Director:
 
 
 def _remembered(verdict: Decision | Rejection) -> Decision | Rejection:
-    """The verdict with overlong texts of its request cut."""
+    """The verdict with its keys emptied, overlong texts of its request cut, and only the matches its table shows."""
     request = verdict.request
-    cut = {
+    changes: dict[str, Any] = {
         name: text[:REMEMBERED_CHARS]
         for name in _TEXTS
         if (text := getattr(request, name)) is not None and len(text) > REMEMBERED_CHARS
     }
-    if not cut:
+    if request.keys is not None:
+        shown = request.matches.keys() & verdict.table.endpoints
+        # The chains themselves are long, and nobody looks at them.
+        emptied = PromptKeys(exact=dict.fromkeys(request.keys.exact, ()), tokens=request.keys.tokens)
+        changes |= {"keys": emptied, "matches": {name: request.matches[name] for name in shown}}
+    if not changes:
         return verdict
-    return msgspec.structs.replace(verdict, request=msgspec.structs.replace(request, **cut))
+    return msgspec.structs.replace(verdict, request=msgspec.structs.replace(request, **changes))

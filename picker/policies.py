@@ -34,8 +34,8 @@ class PolicySpec(msgspec.Struct, frozen=True):
 
 
 # The weights of `balanced`: what the engine says (queue, batch, KV) and what we know ourselves (in flight) count alike;
-# a loaded adapter outweighs any one of them, since loading one costs more than a short queue; a session's home
-# outweighs small differences of load, not large ones.
+# a loaded adapter outweighs any one of them, since loading one costs more than a short queue; a prefix that is there
+# outweighs them all until the holder has a queue; a session's home outweighs small differences of load, not large ones.
 BUILTIN: Mapping[str, PolicySpec] = {
     "balanced": PolicySpec(
         scorers=(
@@ -45,6 +45,8 @@ BUILTIN: Mapping[str, PolicySpec] = {
             PluginSpec("in-flight-requests", 2.0),
             PluginSpec("in-flight-tokens", 1.0),
             PluginSpec("lora-affinity", 3.0),
+            PluginSpec("prefix-cache", 4.0),
+            PluginSpec("no-hit-lru", 1.0),
             PluginSpec("session-affinity", 1.0),
         ),
     ),

@@ -14,16 +14,16 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
 
-from picker import policies
-from picker.config import Config, ProfileEntry
-from picker.core.datastore import Datastore, Freshness
-from picker.core.health import HealthLimits
-from picker.core.ledger import Deadlines
-from picker.core.scheduler import Profile, Scheduler
+from picker import settings
+from picker.config import Config
+from picker.core.datastore import Datastore
+from picker.core.scheduler import Scheduler
 from picker.director import Director
-from picker.policies import PluginSpec, PolicySpec
+from picker.prefixes import Prefixes
+from picker.prompts import Prompts
+from picker.replicas import Replicas
 from picker.signals.scrape import Scraper
-from picker.signals.settings import ScrapeHooks, ScrapeSettings
+from picker.signals.settings import ScrapeHooks
 from picker.sources.dns import DnsSource
 from picker.sources.file import FileSource
 from picker.sources.follow import follow
@@ -35,7 +35,6 @@ from picker.sources.static import StaticSource
 from picker.telemetry.logs import Log
 from picker.telemetry.metrics import Metrics
 from picker.upstream.client import Upstream
-from picker.upstream.credentials import Credentials
 
 if TYPE_CHECKING:
     from picker.sources.kubernetes.api import ClusterApi
@@ -60,21 +59,20 @@ class Runtime:
         self.log = log
         self.version = version
         self.metrics = Metrics(version)
+        self.prefixes = Prefixes(
+            config.index,
+            clock=clock,
+            on_trouble=lambda what, text: log.warning("prefixes", what=what, message=text),
+        )
         self.datastore = Datastore(
-            health=_health_limits(config),
-            freshness=Freshness(
-                signals_s=config.scrape.stale_after,
-                models_s=MODELS_BELIEVED_INTERVALS * config.scrape.models_interval,
-            ),
-            deadlines=Deadlines(
-                first_byte_s=config.timeouts.first_byte,
-                between_chunks_s=config.timeouts.between_chunks,
-                total_s=config.timeouts.total,
-            ),
+            prefixes=self.prefixes.index,
+            health=settings.health_limits(config),
+            freshness=settings.freshness(config),
+            deadlines=settings.deadlines(config),
         )
         self.director = Director(
             self.datastore,
-            Scheduler(build_profile(config)),
+            Scheduler(settings.build_profile(config)),
             clock=clock,
             rng=random.Random(),
             metrics=self.metrics,
@@ -82,19 +80,24 @@ class Runtime:
             aliases=config.models,
             max_attempts=config.gateway.max_attempts,
         )
-        self.upstream = Upstream(_credentials(config), connect_timeout_s=config.timeouts.connect)
+        self._replicas: Replicas | None = None
+        if config.index.backend == "redis":
+            self._replicas = Replicas(
+                config.index,
+                self.datastore,
+                self.prefixes,
+                clock=clock,
+                on_trouble=lambda text: log.warning("shared_state", message=text),
+            )
+            self.director.on_routed = self._replicas.routed
+        self.upstream = Upstream(settings.credentials(config), connect_timeout_s=config.timeouts.connect)
         self.stopping = False
         self._synced = asyncio.Event()
         self._scraper = Scraper(
             getter=self.upstream,
             store=self.datastore,
             clock=clock,
-            settings=ScrapeSettings(
-                busy_s=config.scrape.busy_interval,
-                idle_s=config.scrape.idle_interval,
-                timeout_s=config.scrape.timeout,
-                models_s=config.scrape.models_interval,
-            ),
+            settings=settings.scrape_settings(config),
             hooks=ScrapeHooks(on_scrape=self._on_scrape, on_engine=self._on_engine, on_trouble=self._on_trouble),
         )
         self._sources = _sources(config, log, clock)
@@ -108,9 +111,16 @@ class Runtime:
             self._sources.append(Resolving(self.registered))
         self._cluster: ClusterApi | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._export()
+
+    def _export(self) -> None:
+        """What is read when somebody asks for the metrics."""
         self.metrics.watch(self.director.snapshot)
         self.metrics.watch_sources(self._source_ages_s)
-        if config.admin.reference_metrics:
+        self.metrics.watch_prefixes(self.prefixes.figures())
+        if self._replicas is not None:
+            self.metrics.watch_replicas(self._replicas.figures)
+        if self.config.admin.reference_metrics:
             self.metrics.show_reference(
                 self.director.snapshot, self.datastore.ledger.flights, lambda: self.director.pools
             )
@@ -128,6 +138,12 @@ class Runtime:
         for source in self._sources:
             self._run(follow(source, self.datastore, self.director.rules), name=f"source {source.name}")
         self._scraper.start()
+        if self._replicas is not None:
+            await self.prefixes.use(self._replicas.secret)
+            self._replicas.start()
+        await self.prefixes.start(
+            self.upstream, self.datastore, recognised=self._scraper.engines, snapshot=self.director.snapshot
+        )
         self._run(self._tick(), name="tick")
 
     async def close(self) -> None:
@@ -135,6 +151,9 @@ class Runtime:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._replicas is not None:
+            await self._replicas.close()
+        await self.prefixes.close()
         await self._scraper.close()
         await self.upstream.close()
         if self._cluster is not None:
@@ -153,9 +172,21 @@ class Runtime:
             "tasks": f"ended: {', '.join(dead)}" if dead else None,
         }
 
+    @property
+    def prompts(self) -> Prompts | None:
+        """What gives requests the keys of their prompts, once started; None where prefixes do not matter."""
+        return self.prefixes.prompts
+
     def engines(self) -> Mapping[str, str]:
         """The engine of each endpoint that was recognised, by endpoint id."""
         return self._scraper.engines()
+
+    def details(self) -> dict[str, str]:
+        """What is worth knowing beside readiness: how sharing with other replicas goes."""
+        if self._replicas is None:
+            return {}
+        status = self._replicas.status()
+        return {"shared_state": status.problem or f"{status.replicas} replicas"}
 
     def ready(self) -> bool:
         """Whether all conditions of readiness hold."""
@@ -214,6 +245,8 @@ class Runtime:
                 present = frozenset(endpoint.id for endpoint in self.datastore.endpoints())
                 self.metrics.forget(known - present)
                 known = present
+                if self._replicas is not None:
+                    self._replicas.follow()
                 self.log.info("endpoints", count=len(present))
 
     def _on_scrape(self, endpoint_id: str, seconds: float, ok: bool) -> None:
@@ -227,46 +260,6 @@ class Runtime:
 
     def _on_trouble(self, endpoint_id: str, kind: str, message: str) -> None:
         self.log.error("scrape_trouble", endpoint=endpoint_id, kind=kind, error=message)
-
-
-def build_profile(config: Config) -> Profile:
-    """The profile of the configured policy. Raises picker.policies.PolicyProblem when a plugin cannot be built."""
-    entry = config.profiles.get(config.policy)
-    spec = policies.BUILTIN[config.policy] if entry is None else _policy(entry)
-    return policies.build(config.policy, spec)
-
-
-def _policy(entry: ProfileEntry) -> PolicySpec:
-    return PolicySpec(
-        filters=tuple(PluginSpec(plugin.name, params=plugin.params) for plugin in entry.filters),
-        scorers=tuple(PluginSpec(plugin.name, plugin.weight, plugin.params) for plugin in entry.scorers),
-        picker=PluginSpec(entry.picker.name, params=entry.picker.params),
-    )
-
-
-def _health_limits(config: Config) -> HealthLimits:
-    health = config.health
-    return HealthLimits(
-        probe_failures=health.probe_failures,
-        hung_after_s=health.hung_after,
-        breaker_failures=health.breaker_failures,
-        breaker_open_s=health.breaker_open,
-        breaker_open_max_s=health.breaker_open_max,
-    )
-
-
-def _credentials(config: Config) -> dict[str, Credentials]:
-    return {
-        name: Credentials(
-            api_key=entry.api_key.get_secret_value() if entry.api_key is not None else None,
-            ca=str(entry.ca) if entry.ca is not None else None,
-            client_cert=str(entry.client_cert) if entry.client_cert is not None else None,
-            client_key=str(entry.client_key) if entry.client_key is not None else None,
-            server_name=entry.server_name,
-            verify=entry.verify,
-        )
-        for name, entry in config.credentials.items()
-    }
 
 
 def _sources(config: Config, log: Log, clock: Callable[[], float]) -> list[Source]:

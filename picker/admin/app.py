@@ -50,10 +50,12 @@ def build(
     version: str,
     registered: RegisteredSource | None = None,
     credentials: frozenset[str] = frozenset(),
+    details: Callable[[], Mapping[str, str]] = dict,
 ) -> FastAPI:
     """The app. `checks` gives, for each condition of readiness, None when it holds or the reason it does not;
     `engines` the engine of each endpoint that was recognised. `registered` takes registrations where they are enabled,
-    which may name these `credentials`.
+    which may name these `credentials`. `details` are
+    worth knowing beside readiness.
     """
     app = FastAPI(title="Waypost admin", version=version, docs_url=None, redoc_url=None)
     app.include_router(registration.routes(registered, director, credentials=credentials, token=token))
@@ -69,7 +71,7 @@ def build(
         """Ready for traffic, with a reason for each condition that does not hold."""
         conditions = checks()
         failing = any(reason is not None for reason in conditions.values())
-        body = {"status": "not ready" if failing else "ready", "checks": conditions}
+        body = {"status": "not ready" if failing else "ready", "checks": conditions, "details": dict(details())}
         return JSONResponse(body, status_code=503 if failing else 200)
 
     @app.get("/metrics")

@@ -25,6 +25,11 @@ def explained(verdict: Decision | Rejection) -> dict[str, Any]:
         "priority": request.priority,
         "stream": request.stream,
         "prompt_tokens_estimate": request.prompt_tokens,
+        "prefix_keys": None if request.keys is None else "tokens" if request.keys.exact else "text",
+        "held": {
+            name: {"tokens": match.tokens, "slow": match.slow, "exact": match.exact}
+            for name, match in request.matches.items()
+        },
         "attempt": len(request.tried) + 1,
         "tried": sorted(request.tried),
         "decision_ms": round((verdict.decided_at - request.received_at) * 1000, 3),
@@ -107,4 +112,5 @@ def _endpoint(state: EndpointState, now: float, engines: Mapping[str, str]) -> d
         "signal_age_s": round(now - signals.at, 3) if signals is not None else None,
         "in_flight": state.in_flight,
         "in_flight_tokens": state.in_flight_tokens,
+        "others_in_flight": state.others,
     }

@@ -5,6 +5,7 @@ Sits above `scorers` and `picker.core` and imports neither: names of plugins com
 
 from picker.config.announcement import Announcement
 from picker.config.fleet import CredentialsEntry, DnsEntry, EndpointEntry, EndpointsSection, RegistrationSection
+from picker.config.index import IndexSection
 from picker.config.kubernetes import KubernetesSection, PoolEntry, RoleLabel
 from picker.config.layers import CONFIG_VARIABLE, Origin
 from picker.config.load import Loaded, is_problems, load, load_endpoint_file, parse_announcement
@@ -39,6 +40,7 @@ __all__ = [
     "GatewaySection",
     "HealthSection",
     "HostPort",
+    "IndexSection",
     "KeyPath",
     "KnownNames",
     "KubernetesSection",

@@ -21,6 +21,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from picker.config.fleet import CredentialsEntry, EndpointsSection, Name
+from picker.config.index import IndexSection
 from picker.config.kubernetes import KubernetesSection
 from picker.config.sections import (
     AdminSection,
@@ -176,6 +177,7 @@ class Config(Section):
     limits: LimitsSection = Field(default=LimitsSection(), description="Bounds on what clients may make Waypost hold.")
     timeouts: TimeoutsSection = Field(default=TimeoutsSection(), description="Deadlines.")
     scrape: ScrapeSection = Field(default=ScrapeSection(), description="Reading the metrics of model servers.")
+    index: IndexSection = Field(default=IndexSection(), description="What endpoints hold of prompts.")
     health: HealthSection = Field(default=HealthSection(), description="When an endpoint loses traffic.")
     picker: PickerSection = Field(default=PickerSection(), description="The ext-proc door (`waypost picker`).")
     drain: DrainSection = Field(default=DrainSection(), description="What SIGTERM does.")

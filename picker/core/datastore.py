@@ -7,14 +7,16 @@ chooses and never does I/O.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import msgspec
 
+from picker.core.endpoint_record import EndpointRecord
+from picker.core.estimate import estimate
 from picker.core.events import FailureKind
-from picker.core.health import EndpointHealth, HealthLimits
+from picker.core.health import HealthLimits
 from picker.core.ledger import Deadlines, Eviction, Flight, Ledger
-from picker.core.pace import Pace
+from picker.core.prefix.index import PrefixIndex
 from picker.core.updates import (
     Alive,
     EndpointUpdate,
@@ -52,47 +54,22 @@ class Ticked(msgspec.Struct, frozen=True):
     changes: tuple[StandingChange, ...] = ()
 
 
-class _Record:
-    """Everything about one endpoint, mutable, owned by the datastore."""
-
-    __slots__ = (
-        "cold_at",
-        "counter_at",
-        "endpoint",
-        "health",
-        "models",
-        "models_at",
-        "pace",
-        "row",
-        "signals",
-        "source",
-        "standing",
-        "standing_at",
-    )
-
-    def __init__(self, endpoint: Endpoint, source: str, limits: HealthLimits) -> None:
-        self.endpoint = endpoint
-        self.source = source
-        self.health = EndpointHealth(limits)
-        self.signals: Signals | None = None
-        self.models: frozenset[str] | None = None
-        self.models_at = 0.0
-        self.counter_at = 0.0
-        self.cold_at = 0.0
-        self.pace = Pace()
-        self.row: EndpointState | None = None
-        self.standing = Standing.READY
-        self.standing_at = 0.0
-
-
 class Datastore:
     """Endpoints, their signals, health and load. Single-threaded: every method is synchronous and runs on one loop."""
 
-    def __init__(self, *, health: HealthLimits, freshness: Freshness, deadlines: Deadlines) -> None:
+    def __init__(
+        self,
+        *,
+        health: HealthLimits,
+        freshness: Freshness,
+        deadlines: Deadlines,
+        prefixes: PrefixIndex | None = None,
+    ) -> None:
+        self.prefixes = prefixes or PrefixIndex()
         self._health = health
         self._freshness = freshness
         self._deadlines = deadlines
-        self._records: dict[str, _Record] = {}
+        self._records: dict[str, EndpointRecord] = {}
         self._by_address: dict[str, str] = {}
         self._rows: tuple[EndpointState, ...] | None = None
         self._synced: set[str] = set()
@@ -138,10 +115,11 @@ class Datastore:
         moved = before is not None and not _same_process(before, endpoint)
         if moved:
             self.ledger.detach(endpoint.id)
+            self.prefixes.restarted(endpoint.id)
         if record is not None:
             self._unindex(record)
         if record is None or moved:
-            record = self._records[endpoint.id] = _Record(endpoint, source, self._health)
+            record = self._records[endpoint.id] = EndpointRecord(endpoint, source, self._health)
         record.endpoint = endpoint
         record.source = source
         if endpoint.address:
@@ -149,7 +127,7 @@ class Datastore:
         self.version += 1
         self._touch(record)
 
-    def _unindex(self, record: _Record) -> None:
+    def _unindex(self, record: EndpointRecord) -> None:
         if self._by_address.get(record.endpoint.address) == record.endpoint.id:
             del self._by_address[record.endpoint.address]
 
@@ -158,16 +136,19 @@ class Datastore:
         if record is not None:
             self._unindex(record)
             self.ledger.forget(endpoint_id)
+            self.prefixes.forget(endpoint_id)
             if self.ledger.in_flight(endpoint_id):
                 self._departed[endpoint_id] = record.endpoint
             self.version += 1
             self._rows = None
 
-    def _apply_signal(self, record: _Record, update: SignalUpdate) -> None:
+    def _apply_signal(self, record: EndpointRecord, update: SignalUpdate) -> None:
         match update:
             case Scraped(endpoint_id, signals):
                 self._note_counter(record, signals)
                 record.signals = signals
+                if signals.blocks and signals.block_tokens:
+                    self.prefixes.declare(endpoint_id, signals.blocks * signals.block_tokens)
                 if _metrics_elsewhere(record.endpoint):
                     record.health.metrics_scraped()
                 else:
@@ -185,7 +166,7 @@ class Datastore:
             case ModelsListed(_, at, models):
                 record.models, record.models_at = models, at
 
-    def _note_counter(self, record: _Record, signals: Signals) -> None:
+    def _note_counter(self, record: EndpointRecord, signals: Signals) -> None:
         before = record.signals.progress_tokens if record.signals is not None else None
         after = signals.progress_tokens
         if after is None or after == before:
@@ -193,8 +174,17 @@ class Datastore:
         record.counter_at = signals.at
         if before is not None and after < before:
             record.health.restarted()
+            self.prefixes.restarted(record.endpoint.id)
         elif before is not None:
             record.health.progressed()
+
+    def set_others(self, loads: Mapping[str, tuple[int, int]]) -> None:
+        """Requests and tokens that other replicas have in flight, by endpoint id: all there is, nothing elsewhere."""
+        for name, record in self._records.items():
+            load = loads.get(name, (0, 0))
+            if load != record.others:
+                record.others = load
+                self._touch(record)
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -206,7 +196,7 @@ class Datastore:
         record = self._records.get(endpoint_id)
         if record is not None:
             record.health.dispatched(request.key, now)
-            if request.keys is not None and not request.matches:
+            if request.keys is not None and endpoint_id not in request.matches:
                 record.cold_at = now
             self._touch(record)
 
@@ -314,20 +304,21 @@ class Datastore:
             rows = self._rows = tuple([record.row or self._build(record, now) for record in self._records.values()])
         return Snapshot(now, rows)
 
-    def _touch(self, record: _Record) -> None:
+    def _touch(self, record: EndpointRecord) -> None:
         record.row = None
         self._rows = None
 
-    def _models(self, record: _Record) -> frozenset[str] | None:
+    def _models(self, record: EndpointRecord) -> frozenset[str] | None:
         return record.endpoint.models or record.models
 
-    def _build(self, record: _Record, now: float) -> EndpointState:
+    def _build(self, record: EndpointRecord, now: float) -> EndpointState:
         load = self.ledger.load(record.endpoint.id)
         signals = self._fresh_signals(record, now)
         models = self._models(record)
         if not record.endpoint.models and now - record.models_at > self._freshness.models_s:
             models = None
-        waiting, running = _estimate(signals, load.correction, len(load.flights))
+        others, others_tokens = record.others
+        waiting, running = estimate(signals, load.correction, len(load.flights) + others)
         standing, reason = record.health.standing(now)
         record.row = EndpointState(
             endpoint=record.endpoint,
@@ -339,6 +330,8 @@ class Datastore:
             running=running,
             in_flight=len(load.flights),
             in_flight_tokens=load.tokens,
+            others=others,
+            others_tokens=others_tokens,
             cold_at=record.cold_at,
         )
         return record.row
@@ -372,7 +365,7 @@ class Datastore:
         news = tuple((key, why) for key, why in evictions.items() if self.ledger.evict(key, now))
         return Ticked(news, tuple(changes))
 
-    def _gives_up(self, record: _Record, now: float) -> Eviction | None:
+    def _gives_up(self, record: EndpointRecord, now: float) -> Eviction | None:
         """Why requests that wait for their first byte should wait no longer here; None when they may.
 
         An endpoint out of reach may only be deaf to probes: it loses its requests when nothing at all was heard of it
@@ -385,7 +378,7 @@ class Datastore:
         silent_s = now - max(record.standing_at, self.ledger.load(record.endpoint.id).progress_at)
         return Eviction.UNREACHABLE if silent_s > self._health.hung_after_s else None
 
-    def _is_outdated(self, record: _Record, standing: Standing, reason: str, now: float) -> bool:
+    def _is_outdated(self, record: EndpointRecord, standing: Standing, reason: str, now: float) -> bool:
         """Whether time alone made the endpoint's row wrong."""
         row = record.row
         if row is None:
@@ -397,15 +390,15 @@ class Datastore:
         learnt_models = row.models is not None and not record.endpoint.models
         return learnt_models and now - record.models_at > self._freshness.models_s
 
-    def _fresh_signals(self, record: _Record, now: float) -> Signals | None:
+    def _fresh_signals(self, record: EndpointRecord, now: float) -> Signals | None:
         signals = record.signals
         return signals if signals is not None and now - signals.at <= self._freshness.signals_s else None
 
-    def _has_counters(self, record: _Record, now: float) -> bool:
+    def _has_counters(self, record: EndpointRecord, now: float) -> bool:
         signals = self._fresh_signals(record, now)
         return signals is not None and signals.progress_tokens is not None
 
-    def _is_hung(self, record: _Record, now: float) -> bool:
+    def _is_hung(self, record: EndpointRecord, now: float) -> bool:
         load = self.ledger.load(record.endpoint.id)
         if not load.flights:
             return False
@@ -425,21 +418,3 @@ def _same_process(before: Endpoint, after: Endpoint) -> bool:
 def _metrics_elsewhere(endpoint: Endpoint) -> bool:
     """Metrics on another port than the API say nothing about whether requests get through."""
     return bool(endpoint.metrics_url) and not endpoint.metrics_url.startswith(f"{endpoint.url}/")
-
-
-def _estimate(signals: Signals | None, correction: int, in_flight: int) -> tuple[float | None, float | None]:
-    """Waiting and running now: the scrape plus what we dispatched minus what ended since, at least our own in-flight.
-
-    New work joins the queue where there is one, otherwise the batch; ends drain the queue first, since the engine
-    refills the batch from it.
-    """
-    if signals is None or (signals.waiting is None and signals.running is None):
-        return None, None
-    waiting, running = signals.waiting or 0.0, signals.running or 0.0
-    change = max(float(correction), in_flight - waiting - running)
-    if change >= 0:
-        waiting, running = (waiting + change, running) if waiting > 0 else (waiting, running + change)
-    else:
-        from_queue = min(waiting, -change)
-        waiting, running = waiting - from_queue, max(0.0, running + change + from_queue)
-    return None if signals.waiting is None else waiting, None if signals.running is None else running

@@ -119,6 +119,10 @@ class Ledger:
             load = self._loads[endpoint_id] = Load()
         return load
 
+    def loads(self) -> Iterator[tuple[str, Load]]:
+        """Endpoint id and load of every endpoint that carries something."""
+        return ((name, load) for name, load in self._loads.items() if load.flights and name != DETACHED)
+
     def in_flight(self, endpoint_id: str) -> int:
         """How many flights are on the endpoint."""
         load = self._loads.get(endpoint_id)

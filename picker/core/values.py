@@ -155,7 +155,8 @@ class EndpointState(msgspec.Struct, frozen=True, kw_only=True):
 
     `waiting` and `running` are the engine's last figures corrected by what we dispatched and saw finish since; None
     when the engine tells nothing fresh. `in_flight` and `in_flight_tokens` are our own exact counts. `models` is what
-    the engine serves, None when unknown. `cold_at` is when a prompt that nobody held anything of was last sent there.
+    the engine serves, None when unknown. `others` and `others_tokens` are what other replicas of ours have in flight
+    there, as far as they told. `cold_at` is when a prompt it held nothing of was last sent there.
     """
 
     endpoint: Endpoint
@@ -167,7 +168,19 @@ class EndpointState(msgspec.Struct, frozen=True, kw_only=True):
     running: float | None = None
     in_flight: int = 0
     in_flight_tokens: int = 0
+    others: int = 0
+    others_tokens: int = 0
     cold_at: float = 0.0
+
+    @property
+    def all_in_flight(self) -> int:
+        """Requests in flight there from all our replicas."""
+        return self.in_flight + self.others
+
+    @property
+    def all_in_flight_tokens(self) -> int:
+        """Their tokens."""
+        return self.in_flight_tokens + self.others_tokens
 
 
 class Snapshot(msgspec.Struct, frozen=True):

@@ -15,6 +15,7 @@ from picker.core.events import Event
 from picker.core.ledger import Eviction
 from picker.core.record import RequestRecord
 from picker.core.values import Decision, InferenceRequest, Rejection
+from picker.openai.parse import ParsedBody
 
 
 class BodyMode(enum.IntEnum):
@@ -226,9 +227,16 @@ class Send(msgspec.Struct, frozen=True):
 
 
 class Decide(msgspec.Struct, frozen=True):
-    """Ask the director where this request goes; the result comes back as `Decided`."""
+    """Ask the director where this request goes; the result comes back as `Decided`. `body` is what the engine shall get
+    and `parsed` what was read of it, None where nothing was: the keys of the prompt are made of them.
+    """
 
     request: InferenceRequest
+    body: bytes = b""
+    parsed: ParsedBody | None = None
+
+    def __repr__(self) -> str:
+        return f"Decide({self.request!r})"
 
 
 class Observe(msgspec.Struct, frozen=True):

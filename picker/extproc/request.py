@@ -246,7 +246,10 @@ class RequestHalf:
             pool=self._wanted_pool(),
             sees_body=self.sees_response_body,
         )
-        return [SetDeadline(now + self._settings.exchange_timeout_s), Decide(request)]
+        return [
+            SetDeadline(now + self._settings.exchange_timeout_s),
+            Decide(request, question.body or b"", question.parsed),
+        ]
 
     def _wanted_pool(self) -> str | None:
         """The pool the proxy's route says, otherwise the client."""

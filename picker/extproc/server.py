@@ -12,7 +12,7 @@ import protos
 from picker.extproc.health import HealthService
 from picker.extproc.mutation import Authorization
 from picker.extproc.settings import ExtProcSettings, ResponsePath
-from picker.extproc.stream import Books, DirectorLike, OnReport, Stream
+from picker.extproc.stream import Books, DirectorLike, OnReport, PromptsLike, Stream
 from picker.extproc.tls import server_credentials
 from protos import ext_proc_pb2 as pb
 
@@ -40,6 +40,7 @@ class ExtProcServer:
         clock: Callable[[], float],
         ready: Callable[[], bool],
         authorization: Authorization = lambda _: None,
+        prompts: PromptsLike | None = None,
         on_report: OnReport | None = None,
     ) -> None:
         self.port = 0
@@ -49,6 +50,7 @@ class ExtProcServer:
         self._clock = clock
         self._ready = ready
         self._authorization = authorization
+        self._prompts = prompts
         self._on_report = on_report
         self._books = Books(max_streams=settings.max_streams, max_held_bytes=settings.max_held_bytes)
         self._servers: list[grpc.aio.Server] = []
@@ -129,6 +131,7 @@ class ExtProcServer:
             settings=self._settings.session,
             clock=self._clock,
             books=self._books,
+            prompts=self._prompts,
             on_report=self._on_report,
             keeps_last=keeps_last,
         )

@@ -42,6 +42,7 @@ from picker.extproc.mutation import Authorization
 from picker.extproc.question import Meanings
 from picker.extproc.session import Session
 from picker.extproc.settings import SessionSettings
+from picker.openai.parse import ParsedBody
 from protos import ext_proc_pb2 as pb
 
 OnReport = Callable[[RequestRecord], None]
@@ -65,6 +66,13 @@ class DirectorLike(Meanings, Protocol):
 
     def unwatch(self, key: int) -> None:
         """Ends a watch."""
+
+
+class PromptsLike(Protocol):
+    """Gives requests the keys of their prompts."""
+
+    async def keyed(self, request: InferenceRequest, body: bytes, parsed: ParsedBody) -> InferenceRequest:
+        """The request with its keys; may wait for some milliseconds."""
 
 
 class Rpc(Protocol):
@@ -127,6 +135,8 @@ class Stream:
         "_key",
         "_on_report",
         "_out",
+        "_pending",
+        "_prompts",
         "_reading",
         "_refused",
         "_rpc",
@@ -145,10 +155,13 @@ class Stream:
         settings: SessionSettings,
         clock: Callable[[], float],
         books: Books,
+        prompts: PromptsLike | None = None,
         on_report: OnReport | None = None,
         keeps_last: bool = False,
     ) -> None:
         self.ok = True
+        self._prompts = prompts
+        self._pending: Decide | None = None
         self._on_report = on_report
         self._keeps_last = keeps_last
         self._rpc = rpc
@@ -209,8 +222,20 @@ class Stream:
             if event is None:
                 continue
             self._feed(self._admit(event))
+            await self._decide_pending()
             await self._flush()
         await self._flush()
+
+    async def _decide_pending(self) -> None:
+        """Decides what the session asked for once its keys are there. Meanwhile nothing is read; whatever comes from
+        outside (a deadline, draining) may end the session.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None or pending.parsed is None or self._prompts is None:
+            return
+        request = await self._prompts.keyed(pending.request, pending.body, pending.parsed)
+        if not self._session.closed:
+            self._feed(Decided(self._decide(request)))
 
     async def _read(self) -> object:
         """The next message; None when the session was closed meanwhile."""
@@ -256,7 +281,10 @@ class Stream:
         elif isinstance(action, Observe):
             self._director.observe(action.event)
         elif isinstance(action, Decide):
-            self._feed(Decided(self._decide(action.request)))
+            if self._prompts is None or action.parsed is None:
+                self._feed(Decided(self._decide(action.request)))
+            else:
+                self._pending = action
         elif isinstance(action, Report):
             if self._on_report is not None:
                 self._on_report(action.record)

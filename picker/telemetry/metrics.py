@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from picker.core.ledger import Flight
 from picker.core.values import EndpointState, Snapshot, Standing
+from picker.telemetry.prefix_metrics import PrefixCollector, PrefixFigures
 from picker.telemetry.reference_metrics import ReferenceMetrics
 
 # A label that clients can choose takes at most this many values, the rest is `other` (the reference caps models alike).
@@ -144,6 +145,14 @@ class Metrics:
         """Exports the endpoints' gauges, taken from a snapshot whenever the page is asked for."""
         self.registry.register(_EndpointCollector(snapshot))
 
+    def watch_prefixes(self, figures: PrefixFigures) -> None:
+        """Exports what is known of the engines' caches."""
+        self.registry.register(PrefixCollector(figures))
+
+    def watch_replicas(self, figures: Callable[[], Mapping[str, float]]) -> None:
+        """Exports how sharing with other replicas goes: `waypost_shared_*`."""
+        self.registry.register(_SharedCollector(figures))
+
     def watch_sources(self, ages_s: Callable[[], Mapping[str, float]]) -> None:
         """Exports how long ago each source that listens to something last heard of it."""
         self.registry.register(_SourceCollector(ages_s))
@@ -197,6 +206,20 @@ class _EndpointCollector(Collector):
         for value in Standing:
             standing.add_metric([value.value], sum(state.standing is value for state in snapshot.states))
         yield standing
+
+
+class _SharedCollector(Collector):
+    """The state of what replicas share."""
+
+    def __init__(self, figures: Callable[[], Mapping[str, float]]) -> None:
+        self._figures = figures
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        for name, value in self._figures().items():
+            yield GaugeMetricFamily(f"waypost_shared_{name}", f"Shared state of replicas: {name}.", value=value)
 
 
 class _SourceCollector(Collector):

@@ -87,22 +87,35 @@ class Upstream:
         self, endpoint: Endpoint, url: str, *, timeout_s: float, limit_bytes: int = 8 * 2**20
     ) -> Fetched | ProbeFailure:
         """Fetches a page for a probe with the endpoint's credentials, reading at most about `limit_bytes` of it."""
+        return await self._fetch(endpoint, "GET", url, b"", timeout_s, limit_bytes)
+
+    async def post(
+        self, endpoint: Endpoint, url: str, body: bytes, *, timeout_s: float, limit_bytes: int = 8 * 2**20
+    ) -> Fetched | ProbeFailure:
+        """The same with a JSON body: for questions to an engine, never for requests of clients."""
+        return await self._fetch(endpoint, "POST", url, body, timeout_s, limit_bytes)
+
+    async def _fetch(
+        self, endpoint: Endpoint, method: str, url: str, body: bytes, timeout_s: float, limit_bytes: int
+    ) -> Fetched | ProbeFailure:
         origin, target = _split(url)
         # Metrics may live on another host, which has no business knowing the key.
         same_host = urlsplit(origin).hostname == urlsplit(endpoint.url).hostname
         authorization = self.authorization(endpoint) if same_host else None
         headers = [(b"authorization", authorization)] if authorization is not None else []
+        if body:
+            headers.append((b"content-type", b"application/json"))
         try:
             async with asyncio.timeout(timeout_s):
                 probed = msgspec.structs.replace(endpoint, url=origin)
-                response = await self.open(probed, "GET", target, headers, b"")
+                response = await self.open(probed, method, target, headers, body)
                 if isinstance(response, FailureKind):
                     return ProbeFailure.REFUSED
                 try:
-                    body = await response.read_up_to(limit_bytes)
-                    if isinstance(body, FailureKind):
+                    page = await response.read_up_to(limit_bytes)
+                    if isinstance(page, FailureKind):
                         return ProbeFailure.REFUSED
-                    return Fetched(response.status, body[:limit_bytes])
+                    return Fetched(response.status, page[:limit_bytes])
                 finally:
                     response.close()
         except TimeoutError:

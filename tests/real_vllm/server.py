@@ -70,6 +70,11 @@ class Vllm:
         self.id = f"127.0.0.1:{self._port}"
         self.url = f"http://{self.id}"
 
+    @property
+    def model_directory(self) -> Path:
+        """Where its model and tokenizer are."""
+        return self._directory / "models" / MODEL
+
     def start(self) -> None:
         """Starts it; `wait` waits until it answers."""
         binaries = self._directory / "venv" / "bin"
@@ -79,7 +84,7 @@ class Vllm:
             str(PRIORITY),
             str(binaries / "vllm"),
             "serve",
-            str(self._directory / "models" / MODEL),
+            str(self.model_directory),
         ]
         command += [*_ARGUMENTS, "--port", str(self._port), *self._flags]
         environ = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "PYTHON"))}

@@ -156,7 +156,8 @@ MAPPING = "must be a mapping (lines of key: value)"
         ("credentials: {a: {client_cert: /x}}", "1:19: credentials.a.client_cert: needs client_key too"),
         (
             'models: {a: "${X}"}',
-            "1:13: models.a: ${NAME} is read for secrets only (admin.token, credentials.*.api_key); "
+            "1:13: models.a: ${NAME} is read for secrets only (admin.token, credentials.*.api_key, "
+            "index.redis_url); "
             "set this key with a WAYPOST_... variable instead",
         ),
     ],

@@ -23,7 +23,7 @@ def test_example_is_valid_and_says_the_defaults(tmp_path: Path) -> None:
 def test_example_with_everything_switched_on_is_valid_too(tmp_path: Path) -> None:
     path = tmp_path / "example.yaml"
     path.write_text(re.sub(r"(?m)^( *)#(?! )", r"\1", _with_indented_examples(example())))
-    result = load(path, environ={"WAYPOST_ADMIN_TOKEN": "t", "ENGINE_API_KEY": "k"}, flags={})
+    result = load(path, environ={"WAYPOST_ADMIN_TOKEN": "t", "ENGINE_API_KEY": "k", "REDIS_URL": "redis://r"}, flags={})
     assert not isinstance(result, list), [str(problem) for problem in result]
     config = result.config
     assert set(config.profiles) == {"mine"}
