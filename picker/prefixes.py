@@ -10,7 +10,7 @@ import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -37,6 +37,14 @@ OnTrouble = Callable[[str, str], None]
 """What it is about (an endpoint, a model, the worker) and what is wrong."""
 
 
+class Fleet(Store, Protocol):
+    """The part of the datastore used here."""
+
+    @property
+    def adapters(self) -> frozenset[str]:
+        """The LoRA adapters that engines list."""
+
+
 class Prefixes:
     """One per process. `prompts` is None when the configuration switches the index off."""
 
@@ -60,7 +68,7 @@ class Prefixes:
     async def start(
         self,
         upstream: Upstream,
-        store: Store,
+        store: Fleet,
         *,
         recognised: Callable[[], Mapping[str, str]],
         snapshot: Callable[[], Snapshot],
@@ -85,7 +93,7 @@ class Prefixes:
             engines=asks if section.ask_engines else None,
             agreement=check.agreement,
         )
-        self.prompts.begin(reader)
+        self.prompts.begin(reader, lambda: store.adapters)
         if section.kv_events == "off":
             return
         follower = KvFollower(

@@ -6,7 +6,7 @@ nothing, and a prompt never leaves it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -38,13 +38,15 @@ class Prompts:
     def __init__(self, engines: Engines) -> None:
         self._reader: PromptReader | None = None
         self._engines = engines
+        self._adapters: Callable[[], frozenset[str]] = frozenset
 
     def __repr__(self) -> str:
         return f"<Prompts {self._reader!r}>"
 
-    def begin(self, reader: PromptReader) -> None:
-        """From now on prompts are read; `close` closes the reader."""
+    def begin(self, reader: PromptReader, adapters: Callable[[], frozenset[str]] = frozenset) -> None:
+        """From now on prompts are read; `close` closes the reader. `adapters` are the LoRA adapters engines list."""
         self._reader = reader
+        self._adapters = adapters
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -60,7 +62,7 @@ class Prompts:
             body,
             parsed,
             target_model=target,
-            lora=any(target in names for names in self._engines.loras.values()),
+            lora=target in self._adapters() or any(target in names for names in self._engines.loras.values()),
             block_sizes=self._engines.sizes(),
             budget_s=token_budget_s(request.prompt_tokens * PREFILL_PRIOR_S_PER_TOKEN),
         )

@@ -77,6 +77,8 @@ class Datastore:
         self._departed: dict[str, Endpoint] = {}
         self.ledger = Ledger()
         self.version = 0
+        self.adapters: frozenset[str] = frozenset()
+        """The LoRA adapters that any engine lists, of those that are gone too until another list comes."""
 
     def __repr__(self) -> str:
         return f"<Datastore [{len(self._records)} endpoints | {len(self.ledger)} in flight]>"
@@ -163,7 +165,10 @@ class Datastore:
                     record.health.scrape_failed(kind)
             case Alive():
                 record.health.scraped()
-            case ModelsListed(_, at, models):
+            case ModelsListed(_, at, models, adapters):
+                if adapters != record.adapters:
+                    record.adapters = adapters
+                    self.adapters = frozenset().union(*(each.adapters for each in self._records.values()))
                 record.models, record.models_at = models, at
 
     def _note_counter(self, record: EndpointRecord, signals: Signals) -> None:
@@ -196,7 +201,7 @@ class Datastore:
         record = self._records.get(endpoint_id)
         if record is not None:
             record.health.dispatched(request.key, now)
-            if request.keys is not None and endpoint_id not in request.matches:
+            if request.keys is not None and request.keys.known and endpoint_id not in request.matches:
                 record.cold_at = now
             self._touch(record)
 

@@ -11,6 +11,7 @@ class EndpointRecord:
     """One endpoint: what it is, how it is, and the row that shows it, None when it has to be built again."""
 
     __slots__ = (
+        "adapters",
         "cold_at",
         "counter_at",
         "endpoint",
@@ -32,6 +33,7 @@ class EndpointRecord:
         self.health = EndpointHealth(limits)
         self.signals: Signals | None = None
         self.models: frozenset[str] | None = None
+        self.adapters: frozenset[str] = frozenset()
         self.models_at = 0.0
         self.counter_at = 0.0
         self.cold_at = 0.0

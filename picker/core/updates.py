@@ -80,11 +80,12 @@ class Alive(msgspec.Struct, frozen=True):
 
 
 class ModelsListed(msgspec.Struct, frozen=True):
-    """The engine's own list of models and adapters, as of `at`."""
+    """The engine's own list of models, as of `at`; `adapters` are those of them that are LoRA adapters."""
 
     endpoint_id: str
     at: float
     models: frozenset[str]
+    adapters: frozenset[str] = frozenset()
 
 
 SignalUpdate = Scraped | ScrapeFailed | Alive | ModelsListed

@@ -207,7 +207,7 @@ class Watch:
         else:
             wait_s = settings.models_s
             pace.models_failures = 0
-            self.around.store.apply(ModelsListed(self.endpoint.id, sent_at, models))
+            self.around.store.apply(ModelsListed(self.endpoint.id, sent_at, models.models, models.adapters))
         pace.models_at = self.around.clock() + self._jittered(wait_s)
 
     # -- requests and their outcome ----------------------------------------------------------------------------------

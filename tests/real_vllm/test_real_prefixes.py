@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import subprocess
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,14 @@ from tests.real_vllm.server import MODEL, Vllm
 pytestmark = pytest.mark.real_vllm
 
 EVENTS = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": "tcp://*:0"}
-FLAGS = ("--kv-events-config", json.dumps(EVENTS), "--enable-prompt-tokens-details")
+# A cache of 300 blocks holds less than two conversations at their end beside the rest, so much is evicted.
+FLAGS = (
+    *("--kv-events-config", json.dumps(EVENTS), "--enable-prompt-tokens-details"),
+    *("--enable-lora", "--max-lora-rank", "8"),
+)
+SMALL_CACHE = ("--num-gpu-blocks-override", "300")
+ADAPTER = "tiny-lora"
+MAKE_ADAPTER = Path(__file__).with_name("make_adapter.py")
 CONVERSATIONS, TURNS = 8, 7
 EQUAL_SHARE, EXACT_SHARE = 0.99, 0.95
 WORDS = ("time", "house", "people", "water", "light", "number", "place", "answer", "paper", "river", "story", "music")
@@ -50,7 +58,14 @@ class Turn:
 def publishers(tmp_path_factory: pytest.TempPathFactory, tell: Tell) -> Iterator[list[Vllm]]:
     """Two servers that tell what they cache."""
     directory, logs = installation(), tmp_path_factory.mktemp("vllm-events")
-    made = [Vllm(directory, logs / f"vllm-{index}.log", FLAGS) for index in range(2)]
+    adapter = logs / "adapter"
+    subprocess.run(
+        [directory / "venv" / "bin" / "python", MAKE_ADAPTER, directory / "models" / MODEL, adapter], check=True
+    )
+    flags = (*FLAGS, "--lora-modules", f"{ADAPTER}={adapter}")
+    made = [
+        Vllm(directory, logs / f"vllm-{index}.log", (*flags, *cache)) for index, cache in enumerate(((), SMALL_CACHE))
+    ]
     try:
         for server in made:
             server.start()
@@ -84,7 +99,7 @@ async def ask(client: httpx.AsyncClient, gateway: Gateway, ident: str, **body: A
     """One request, and the text of its answer."""
     response = await client.post(
         "/v1/chat/completions",
-        json={"model": MODEL, "max_tokens": 24, "temperature": 0, **body},
+        json={"model": MODEL, "max_tokens": 24, "temperature": 0} | body,
         headers={"x-request-id": ident},
     )
     assert response.status_code == 200, response.text
@@ -160,6 +175,28 @@ def test_a_cache_salt_keeps_prompts_apart(gateway: Gateway) -> None:
         assert turns[0].cached == turns[0].predicted == 0
         exact = [turn for turn in turns if turn.keys == "tokens"]
         assert all(turn.predicted == turn.cached for turn in exact), described(turns)
+
+
+def test_an_adapter_keeps_prompts_apart(gateway: Gateway) -> None:
+    asyncio.run(warmed(gateway))
+    base = asyncio.run(conversations(gateway, seed=4))
+    adapted = asyncio.run(conversations(gateway, seed=4, model=ADAPTER))
+    assert adapted[0].cached == adapted[0].predicted == 0, "the same words, but another adapter"
+    for turns in (base, adapted):
+        exact = [turn for turn in turns if turn.keys == "tokens"]
+        wrong = [turn for turn in exact if turn.predicted != turn.cached]
+        assert len(wrong) <= (1 - EQUAL_SHARE) * len(turns) + 1, described(turns)
+
+
+def test_what_a_full_cache_evicts_is_followed(gateway: Gateway, publishers: list[Vllm], tell: Tell) -> None:
+    """The second server has room for 9,600 tokens; several sets of conversations push one another out."""
+    asyncio.run(warmed(gateway))
+    turns = [turn for seed in (5, 6, 5, 6) for turn in asyncio.run(conversations(gateway, seed=seed))]
+    small = [turn for turn in turns if turn.endpoint == publishers[1].id and turn.keys == "tokens"]
+    equal = [turn for turn in small if turn.predicted == turn.cached]
+    tell("small cache", requests=len(small), equal=len(equal))
+    assert small, Counter(turn.endpoint for turn in turns)
+    assert len(equal) >= EXACT_SHARE * len(small), described(small)
 
 
 def test_a_restarted_server_is_cleared_and_learnt_again(gateway: Gateway, publishers: list[Vllm]) -> None:

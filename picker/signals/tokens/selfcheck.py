@@ -101,5 +101,5 @@ class SelfCheck:
             self._warned.add(model)
             samples = ", ".join(self._found.different)
             self._on_trouble(
-                model, f"{endpoint_id} makes other tokens of samples ({samples}); no exact prefixes for this model"
+                model, f"{endpoint_id} makes other tokens of samples ({samples}); its tokenizer is not used"
             )

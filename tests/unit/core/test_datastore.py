@@ -415,3 +415,23 @@ def test_observing_after_release_changes_nothing() -> None:
     assert store.ended(1, 2.3, worked=True) is None
 
     assert row(store, "a", 2.3) == before
+
+
+def test_adapters_are_those_any_engine_lists() -> None:
+    store = datastore(pod("a"), pod("b"))
+    assert store.adapters == frozenset()
+    store.apply(ModelsListed("a", 1.0, frozenset({"m", "x"}), frozenset({"x"})))
+    store.apply(ModelsListed("b", 1.0, frozenset({"m", "y"}), frozenset({"y"})))
+    assert store.adapters == {"x", "y"}
+    store.apply(ModelsListed("a", 2.0, frozenset({"m"})))
+    assert store.adapters == {"y"}
+
+
+def test_the_load_of_other_replicas_counts_beside_ours() -> None:
+    store = datastore(pod("a"), pod("b"))
+    store.set_others({"a": (3, 700), "gone": (9, 9)})
+    found = {each.endpoint.id: each for each in store.snapshot(1.0).states}
+    assert (found["a"].others, found["a"].all_in_flight, found["a"].all_in_flight_tokens) == (3, 3, 700)
+    assert (found["b"].others, found["b"].in_flight) == (0, 0)
+    store.set_others({})
+    assert all(each.others == 0 for each in store.snapshot(1.0).states)

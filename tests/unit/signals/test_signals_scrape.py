@@ -132,7 +132,7 @@ async def test_models_are_listed_every_15_seconds() -> None:
         times = rig.net.times("/v1/models")
         assert 9 <= len(times) <= 12
         assert len({round(gap, 1) for gap in gaps(times)}) > 3
-        assert rig.store.models[0] == ModelsListed("e", times[0], frozenset({"base", "lora1"}))
+        assert rig.store.models[0] == ModelsListed("e", times[0], frozenset({"base", "lora1"}), frozenset({"lora1"}))
 
 
 @pytest.mark.parametrize(
