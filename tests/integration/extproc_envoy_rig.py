@@ -141,6 +141,9 @@ class EchoEngine:
             return web.Response(text=text)
         if request.method == "GET" and request.path.removeprefix("/openai") in {"/health", "/v1/models", "/version"}:
             return web.json_response({"data": [{"id": "m", "object": "model"}], "object": "list"})
+        if request.path in ("/kv_event_sources", "/server_info", "/get_server_info"):
+            # Asked of engines to find their KV-cache events; this one has none.
+            return web.Response(status=404)
         self.seen.append({name.lower(): value for name, value in request.headers.items()})
         self.paths.append(request.raw_path)
         self.running += 1

@@ -258,6 +258,7 @@ async def test_too_many_bytes_in_memory_get_429_and_are_given_back() -> None:
         first, second = Proxy(channel), Proxy(channel)
         await first.send(request_headers())
         await first.send(request_body(b"x" * 900, end=False))
+        await eventually(lambda: server.held_bytes == 900)
         await second.send(request_headers())
         await second.send(request_body(b"x" * 200, end=False))
         reply = await second.read()
