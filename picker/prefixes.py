@@ -169,7 +169,9 @@ class Prefixes:
             self._engines.forget(endpoint_id)
             return
         self._heard[endpoint_id] = facts.publisher
-        self._engines.block_tokens[endpoint_id] = facts.block_tokens
+        if facts.block_tokens or endpoint_id not in self._engines.block_tokens:
+            # A cache that was emptied gets blocks of the same size again.
+            self._engines.block_tokens[endpoint_id] = facts.block_tokens
         self._engines.loras[endpoint_id] = facts.loras
 
 

@@ -91,6 +91,12 @@ class PrefixIndex:
         self._publishers[publisher.id] = self._by_endpoint[endpoint_id] = publisher
         return publisher.id
 
+    def sized(self, endpoint_id: str, block_tokens: tuple[int, ...]) -> None:
+        """Its engine was heard to have blocks of these sizes, in tokens."""
+        publisher = self._by_endpoint.get(endpoint_id)
+        if publisher is not None and block_tokens:
+            publisher.block_tokens = block_tokens
+
     def unbind(self, endpoint_id: str) -> None:
         """Its events will not be heard any more: what they told is void, and what is learnt counts again."""
         publisher = self._by_endpoint.pop(endpoint_id, None)
@@ -219,8 +225,10 @@ class PrefixIndex:
         self._learned.routed(endpoint_id, keys, now)
         publisher = self._by_endpoint.get(endpoint_id)
         if publisher is not None:
-            for chain in keys.exact.values():
-                publisher.sent.touch(chain, now)
+            for block_tokens, chain in keys.exact.items():
+                # Prefixes in blocks that it does not have would seem to go further than its own.
+                if publisher.has(block_tokens):
+                    publisher.sent.touch(chain, now)
             publisher.sent.drop_oldest(len(publisher.sent) - RECENT_MAX)
 
     def observed(

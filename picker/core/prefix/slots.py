@@ -21,20 +21,25 @@ class Publisher:
 
     `bit` is its slot's, 0 while there is none for it. `told` says that events came: until then its silence means
     nothing. `sent` has the prefixes of what was routed there and `reported` those it said in a response to have had,
-    which its events need not show.
+    which its events need not show. `block_tokens` are its sizes of blocks, empty while they are not known.
     """
 
-    __slots__ = ("bit", "endpoint_id", "id", "instance", "online", "reported", "sent", "told")
+    __slots__ = ("bit", "block_tokens", "endpoint_id", "id", "instance", "online", "reported", "sent", "told")
 
     def __init__(self, number: int, endpoint_id: str, instance: str) -> None:
         self.id = number
         self.endpoint_id = endpoint_id
         self.instance = instance
         self.bit = 0
+        self.block_tokens: tuple[int, ...] = ()
         self.online = False
         self.told = False
         self.sent = Recent()
         self.reported = Recent()
+
+    def has(self, block_tokens: int) -> bool:
+        """Whether it may have blocks of this size."""
+        return not self.block_tokens or block_tokens in self.block_tokens
 
     @property
     def trusted(self) -> bool:

@@ -141,6 +141,7 @@ class KvFollower:
         """What it learnt of a publisher."""
         heard = self._by_publisher.get(facts.publisher)
         if heard is not None:
+            self._index.sized(heard.endpoint.id, facts.block_tokens)
             self._on_facts(heard.endpoint.id, facts)
 
     def _trouble(self, publisher: int, reason: str) -> None:

@@ -172,6 +172,22 @@ async def test_an_endpoint_is_asked_now_and_then_and_sooner_when_it_does_not_ans
         assert rig.heard == {1: "tcp://a:5001"}
 
 
+async def test_what_was_just_sent_counts_in_the_blocks_of_the_engine() -> None:
+    """Fleets mix block sizes: 47 blocks of 16 tokens are 23 blocks of 32, and the half one is not cached."""
+    rig = Rig(endpoint("a"))
+    rig.says("a", 5001)
+    async with running(rig):
+        rig.events.hooks.on_facts(Facts(1, block_tokens=(32,)))
+        rig.events.hooks.on_facts(Facts(1))
+        keys = PromptKeys(exact={16: list(range(47)), 32: list(range(100, 123))}, tokens=800)
+        rig.index.tick(100.0)
+        rig.index.routed("a", keys, 100.0)
+        assert rig.index.lookup(keys) == {"a": Match(736)}
+        rig.index.observed("a", keys, 800, 736, 100.0)
+        rig.index.tick(110.0)
+        assert rig.index.lookup(keys) == {"a": Match(736)}
+
+
 async def test_a_socket_that_moved_is_found_soon_after_its_engine_went_silent() -> None:
     rig = Rig(endpoint("a"))
     rig.says("a", 5001)
@@ -379,8 +395,3 @@ async def test_a_bad_delta_is_told_and_everybody_is_heard_anew(bad: bytes) -> No
         assert sorted(rig.heard) == [3, 4]
         rig.events.holds(3, 7)
         assert rig.held() == {"a": Match(16, exact=True)}
-
-
-def test_the_repr_counts() -> None:
-    rig = Rig(endpoint("a"))
-    assert repr(rig.follower) == "<KvFollower [0 of 0 heard]>"
