@@ -176,9 +176,9 @@ class Prefixes:
 
 
 def _servers(snapshot: Snapshot, model: str) -> Sequence[Endpoint]:
-    """Who can be asked about a model."""
+    """Who is known to serve a model: others have no business with its prompts."""
     return [
         state.endpoint
         for state in snapshot.states
-        if state.standing is Standing.READY and (state.models is None or model in state.models)
+        if state.standing is Standing.READY and state.models is not None and model in state.models
     ]

@@ -184,6 +184,17 @@ async def converse(site: Site, model: str, *, number: int, turns: int) -> list[T
     return told
 
 
+def check_exact(told: Sequence[Told]) -> None:
+    """What was decided with the tokens at hand was decided by what engines hold, and that is what they then had."""
+    known = [each for each in told if each.keys == "tokens"]
+    exact = [each for each in known if each.exact]
+    wrong = [each for each in known if each.held_tokens != each.cached]
+    assert len(told) > 100
+    assert len(known) >= EXACT_SHARE * len(told), (len(known), len(told))
+    assert len(exact) >= 0.95 * len(known), [each for each in known if not each.exact]
+    assert len(wrong) <= 0.01 * len(known), wrong
+
+
 async def ready(site: Site) -> None:
     """Waits until the door sends requests to the engine again."""
     async with asyncio.timeout(PATIENCE_S):

@@ -72,9 +72,9 @@ async def test_a_conformance_test_chooses_and_sees_who_served(tmp_path: Path) ->
                     assert SELECTION not in engine.seen[-1]
                     assert engine.seen[-1]["x-echo-set-header"] == f"{SERVED}:{engine.address}"
             both = f"{one.address}, {two.address},10.9.9.9"
-            assert await served_by(here, 12, both) == {"one", "two"}
-            assert await served_by(here, 12, "127.0.0.1") == {"one", "two", "three"}
-            assert await served_by(here, 12, None) == {"one", "two", "three"}
+            assert await served_by(here, 40, both) == {"one", "two"}
+            assert await served_by(here, 40, "127.0.0.1") == {"one", "two", "three"}
+            assert await served_by(here, 40, None) == {"one", "two", "three"}
             assert (await here.ask("duplex", data=BODY, headers={SELECTION: "10.9.9.9"}))[0] == 503
             # What the proxy allows is not widened.
             assert (await here.ask("subset", data=BODY, headers={SELECTION: both}))[1]["x-served-by"] == "two"

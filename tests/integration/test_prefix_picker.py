@@ -12,10 +12,10 @@ from pathlib import Path
 from tests.integration.envoy import RealEnvoy
 from tests.integration.envoy_config import BodyMode, EnvoyListener
 from tests.integration.prefix_rig import (
-    EXACT_SHARE,
     ONLINE,
     Sim,
     Site,
+    check_exact,
     configured,
     converse,
     door_process,
@@ -74,11 +74,7 @@ async def test_chats_are_decided_by_what_the_engines_hold(tmp_path: Path) -> Non
             await asyncio.gather(*(converse(site, encoding, number=n, turns=1) for n in range(100, 108)))
             chats = await asyncio.gather(*(converse(site, encoding, number=n, turns=13) for n in range(8)))
             told = [turn for chat in chats for turn in chat]
-            assert len(told) > 100
-            exact = [each for each in told if each.exact]
-            wrong = [each for each in exact if each.held_tokens != each.cached]
-            assert len(exact) >= EXACT_SHARE * len(told), (encoding, len(exact), len(told))
-            assert len(wrong) <= 0.01 * len(told), (encoding, wrong)
+            check_exact(told)
         os.kill(worker_of(door), signal.SIGKILL)
         await site.until(ONLINE, lambda online: online == 0)
         # Without replays, engines are known again by what they tell from then on.

@@ -242,7 +242,7 @@ class PrefixIndex:
         for block_tokens, chain in keys.exact.items():
             had = chain[: cached_tokens // block_tokens]
             # Blocks from before we listened: engines tell nothing when they use a block again.
-            if had and not self._blocks.holds(publisher.bit, had[-1]):
+            if had and publisher.has(block_tokens) and not self._blocks.holds(publisher.bit, had[-1]):
                 publisher.reported.touch(had, now)
         publisher.reported.drop_oldest(len(publisher.reported) - RECENT_MAX)
 

@@ -142,9 +142,7 @@ async def test_engines_are_heard_where_they_say_and_nothing_starts_without_one()
     info = {"kv_events": {"endpoint_port_base": 6001, "topic": "kv", "dp_size": 1}}
     rig.network.replies["http://b:8000/server_info"] = Answer(200, json.dumps({"kv_events": None}).encode())
     async with running(rig):
-        assert rig.listening == []
-        assert not rig.asked("c")
-        assert not rig.asked("d")
+        assert (rig.listening, rig.asked("c"), rig.asked("d")) == ([], [], [])
         rig.says("a", 5001)
         rig.network.replies["http://b:8000/server_info"] = Answer(200, json.dumps(info).encode())
         await rig.time.advance(1.2 * ASK_S + FOLLOW_S)
@@ -186,6 +184,11 @@ async def test_what_was_just_sent_counts_in_the_blocks_of_the_engine() -> None:
         rig.index.observed("a", keys, 800, 736, 100.0)
         rig.index.tick(110.0)
         assert rig.index.lookup(keys) == {"a": Match(736)}
+        # What it told of itself needs no word of ours, in blocks of any size.
+        rig.events.holds(1, *keys.exact[32])
+        rig.index.observed("a", keys, 800, 736, 170.0)
+        rig.index.tick(170.0)
+        assert rig.index.lookup(keys) == {"a": Match(736, exact=True)}
 
 
 async def test_a_socket_that_moved_is_found_soon_after_its_engine_went_silent() -> None:
