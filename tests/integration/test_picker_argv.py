@@ -156,10 +156,18 @@ def put_pool(kube: FakeKube, argv: list[str], port: int) -> str:
 
 
 async def serving(address: str, service: str) -> str:
-    async with grpc.aio.insecure_channel(address) as channel:
-        asked = health_pb2.HealthCheckRequest(service=service)
-        answer = await health_pb2_grpc.HealthStub(channel).Check(asked, timeout=PATIENCE_S, wait_for_ready=True)
-    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+    """What the health port says. Asked again, as probes do, when a connection did not come about."""
+    asked = health_pb2.HealthCheckRequest(service=service)
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            try:
+                async with grpc.aio.insecure_channel(address) as channel:
+                    answer = await health_pb2_grpc.HealthStub(channel).Check(asked, wait_for_ready=True)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    raise
+            else:
+                return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
 
 async def certificate_of(address: str) -> bytes:
