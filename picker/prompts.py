@@ -73,5 +73,7 @@ class Prompts:
 
     async def close(self) -> None:
         """Gives up what is under way."""
-        if self._reader is not None:
-            await self._reader.close()
+        # Requests that come meanwhile go without keys: a closed reader takes no work.
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            await reader.close()
